@@ -1,0 +1,1 @@
+"""The mathematics of masked diffusion, with no model in it: pure functions on tensors."""

@@ -1,0 +1,27 @@
+"""What `generate` returns with `return_dict_in_generate=True`."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class DiffusionGenerateOutput(ModelOutput):
+    """
+    Args:
+        sequences: long [batch, length], prompt and generated text; padding after the end-of-sequence token.
+        nfe: number of network evaluations (forward passes).
+        tokens_per_forward: float [batch], generated tokens up to and including the end-of-sequence token, divided by
+            `nfe`.
+        steps: long [batch, length], the step in which each token was drawn, counted from 0; -1 for given tokens and
+            padding.
+        past_key_values: the cache, if one was used.
+    """
+
+    sequences: torch.Tensor | None = None
+    nfe: int | None = None
+    tokens_per_forward: torch.Tensor | None = None
+    steps: torch.Tensor | None = None
+    past_key_values: Cache | None = None

@@ -1,0 +1,39 @@
+"""What a streamer is given to see while text is drawn out of order."""
+
+from typing import Any
+
+import torch
+
+
+class StreamerFeed:
+    """Feeds a transformers streamer.
+
+    First `put` with the text before the first position to fill. Then, after every step, `put_draft` with the canvas
+    from there on for streamers that take drafts (`TextDiffusionStreamer`), or `put` with what has no gap before it any
+    more for those that do not. Drafts are followed by one `put` of the finished text. Last `end`.
+    """
+
+    def __init__(self, streamer: Any, canvas: torch.Tensor, masked: torch.Tensor) -> None:
+        self.streamer = streamer
+        self.takes_drafts = hasattr(streamer, "put_draft")
+        self.shown = 0
+        self._put_until_gap(canvas, masked)
+
+    def step(self, canvas: torch.Tensor, masked: torch.Tensor) -> None:
+        """Show `canvas` [batch, length] after a step; `masked` (bool) marks what is still to be drawn."""
+        if self.takes_drafts:
+            self.streamer.put_draft(canvas[:, self.shown :].cpu())
+        else:
+            self._put_until_gap(canvas, masked)
+
+    def end(self, sequences: torch.Tensor) -> None:
+        """Show what is left of the finished `sequences` [batch, length]."""
+        self._put_until_gap(sequences, torch.zeros_like(sequences, dtype=torch.bool))
+        self.streamer.end()
+
+    def _put_until_gap(self, canvas: torch.Tensor, masked: torch.Tensor) -> None:
+        gap = masked.any(dim=0).int()
+        until = int(gap.argmax()) if bool(gap.any()) else canvas.shape[1]
+        if until > self.shown:
+            self.streamer.put(canvas[:, self.shown : until].cpu())
+            self.shown = until

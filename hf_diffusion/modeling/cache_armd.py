@@ -1,0 +1,139 @@
+"""The exact cache of ARMD: keys and values, the running prefix state, and what has been read so far."""
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers.cache_utils import Cache, DynamicLayer
+
+
+class GrowingLayer(DynamicLayer):
+    """A `DynamicLayer` that writes into a buffer that doubles, where the original copies everything at every step."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.keys: Any = None
+        self.values: Any = None
+        self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._filled: torch.Tensor | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append states [batch, heads, new, head_dim]; returns all keys and all values, views into the buffers."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        old = self.get_seq_length()
+        new = old + key_states.shape[-2]
+        # `keys` may have been replaced from outside (crop, reorder, batch selection): the buffers are then out of date.
+        if self._buffers is None or self.keys is not self._filled or self._buffers[0].shape[-2] < new:
+            self._buffers = (
+                self._grow(key_states, self.keys, old, 2 * new),
+                self._grow(value_states, self.values, old, 2 * new),
+            )
+        key_buffer, value_buffer = self._buffers
+        key_buffer[:, :, old:new] = key_states
+        value_buffer[:, :, old:new] = value_states
+        self.keys, self.values = key_buffer[:, :, :new], value_buffer[:, :, :new]
+        self._filled = self.keys
+        return self.keys, self.values
+
+    @staticmethod
+    def _grow(states: torch.Tensor, past: torch.Tensor, length: int, capacity: int) -> torch.Tensor:
+        batch, heads, _, head_dim = states.shape
+        buffer = states.new_empty(batch, heads, capacity, head_dim)
+        if length:
+            buffer[:, :, :length] = past
+        return buffer
+
+    def reset(self) -> None:
+        super().reset()
+        self._buffers = self._filled = None
+
+
+def mark(flags: torch.Tensor, index: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """`flags` [batch, length] with True at `index` [batch, n] wherever `valid` [batch, n]."""
+    length = flags.shape[1]
+    return F.pad(flags, (0, 1)).scatter(1, index.masked_fill(~valid, length), True)[:, :length]
+
+
+class ARMDCache(Cache):
+    """What ARMD has computed for the blocks generated so far; decoding with it recomputes nothing and loses nothing.
+
+    Lower (two-stream) layers hold keys and values of the content stream, upper layers those of the query stream. Both
+    are final once written: a row never depends on a later block. On top the cache keeps
+
+    - `prefix_state` [batch, prefix_encoding_size, hidden_size]: sum of PE_i x_i over the content rows read (eq. 6);
+    - `known` [batch, length]: which positions of the canvas have been read as content;
+    - `pending` [batch, queried]: the positions asked for by the last pass (-1 for none). The next pass reads them;
+    - `content_block`, `query_block` [batch, rows]: the block of every cached row, for batches whose rows differ in the
+      number of given tokens or in what they ask for (`ragged`). Others need no mask at all.
+    """
+
+    def __init__(self, num_hidden_layers: int) -> None:
+        super().__init__(layers=[GrowingLayer() for _ in range(num_hidden_layers)])
+        self.num_passes = 0
+        self.ragged = False
+        self.prefix_state: torch.Tensor | None = None
+        self.known: torch.Tensor | None = None
+        self.pending: torch.Tensor | None = None
+        self.content_block: torch.Tensor | None = None
+        self.query_block: torch.Tensor | None = None
+
+    _ROW_STATE = ("prefix_state", "known", "pending", "content_block", "query_block")
+
+    def _map_rows(self, function: Any) -> None:
+        for name in self._ROW_STATE:
+            value = getattr(self, name)
+            if value is not None:
+                setattr(self, name, function(value))
+
+    def append_blocks(
+        self, content_block: torch.Tensor, query_block: torch.Tensor, ragged: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Note the blocks of the rows of this pass; returns those of all rows cached, including them."""
+        self.ragged |= ragged
+        if self.content_block is not None and self.query_block is not None:
+            content_block = torch.cat([self.content_block, content_block], dim=1)
+            query_block = torch.cat([self.query_block, query_block], dim=1)
+        self.content_block, self.query_block = content_block, query_block
+        return content_block, query_block
+
+    def advance(
+        self, content: torch.Tensor, is_content: torch.Tensor, query_positions: torch.Tensor, length: int
+    ) -> None:
+        """Note that a pass has read `content` (canvas indices; `is_content` False in the gaps) and asked a block."""
+        if self.known is None:
+            self.known = torch.zeros(content.shape[0], length, dtype=torch.bool, device=content.device)
+        self.known = mark(self.known, content, is_content & (content >= 0))
+        self.pending = query_positions
+        self.num_passes += 1
+
+    def reset(self) -> None:
+        super().reset()
+        self.num_passes, self.ragged = 0, False
+        for name in self._ROW_STATE:
+            setattr(self, name, None)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._map_rows(lambda value: value.index_select(0, beam_idx.to(value.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._map_rows(lambda value: value.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._map_rows(lambda value: value[indices])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Not possible: the running prefix state is a sum, and its last terms are not kept."""
+        if tokens_to_remove:
+            raise NotImplementedError(
+                f"An ARMDCache cannot be cropped (`tokens_to_remove`={tokens_to_remove}): its prefix state is a "
+                "running sum. Start from a new cache, or copy this one before the pass that you may want to undo."
+            )
+
+
+__all__ = ["ARMDCache"]

@@ -1,0 +1,56 @@
+"""Cross-entropy of a language-model head that never holds the logits of a whole batch."""
+
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+MAX_LOGITS = 2**25
+"""Logits held at once, in elements: 128 MiB in float32."""
+
+
+def chunked_cross_entropy(
+    hidden_states: torch.Tensor,
+    labels: torch.Tensor,
+    lm_head: Callable[[torch.Tensor], torch.Tensor],
+    vocab_size: int,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    max_logits: int = MAX_LOGITS,
+) -> torch.Tensor:
+    """Mean negative log-likelihood of `labels`, in nats per token.
+
+    Rows without a label are left out before the head. Logits are made in float32, at most `max_logits` elements at a
+    time; if there is more than one chunk, each is computed again in the backward pass instead of being kept.
+
+    Args:
+        hidden_states: [..., hidden_size], input of the head.
+        labels: [...], the token each row predicts; -100 where there is none.
+        lm_head: maps [rows, hidden_size] to logits [rows, vocab_size].
+        num_items_in_batch: what to divide the sum by, where the batch is part of a larger one (gradient accumulation,
+            several processes); the number of labels if not given.
+
+    Returns:
+        A scalar. 0 if there is no label at all.
+    """
+    labels = labels.to(hidden_states.device)
+    predicted = labels != -100
+    if not torch.compiler.is_compiling():
+        # A data-dependent shape; under compilation the rows are kept and `cross_entropy` skips them.
+        hidden_states, labels = hidden_states[predicted], labels[predicted]
+    hidden_states, labels = hidden_states.reshape(-1, hidden_states.shape[-1]), labels.reshape(-1)
+
+    def chunk_loss(hidden_chunk: torch.Tensor, label_chunk: torch.Tensor) -> torch.Tensor:
+        logits = lm_head(hidden_chunk)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits, label_chunk, ignore_index=-100, reduction="sum")
+
+    rows = max(1, max_logits // vocab_size)
+    if hidden_states.shape[0] <= rows:
+        total = chunk_loss(hidden_states, labels)
+    else:
+        chunks = zip(hidden_states.split(rows), labels.split(rows), strict=True)
+        total = torch.stack([checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]).sum()
+    count = num_items_in_batch if num_items_in_batch is not None else predicted.sum().clamp(min=1)
+    return total / (count.to(total.device) if isinstance(count, torch.Tensor) else count)

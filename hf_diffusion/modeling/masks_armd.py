@@ -1,0 +1,76 @@
+"""Attention masks of ARMD's two streams, for whichever attention implementation is in use."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+
+from .cache_armd import ARMDCache
+from .configuration_armd import ARMDConfig
+from .rows_armd import Rows
+
+
+@dataclass
+class Attend:
+    """Some of the asking rows, and what they may read: a mask, or the causal kernel, or (neither) everything."""
+
+    rows: slice
+    mask: Any = None
+    is_causal: bool = False
+
+
+@dataclass
+class Attends:
+    """Who reads what: `both` streams in two-stream layers, the `query` stream alone there, and in `upper` layers."""
+
+    both: list[Attend]
+    query: list[Attend]
+    upper: list[Attend]
+
+
+def plan_attention(rows: Rows, cache: ARMDCache | None, config: ARMDConfig, like: torch.Tensor) -> Attends:
+    """The masks of one pass. `like` gives batch size, dtype and device; `cache` is told the blocks of the new rows."""
+    num_content, num_query = rows.content.shape[1], rows.query.shape[1]
+    content_keys, query_keys = rows.content_block, rows.query_block
+    if cache is not None:
+        content_keys, query_keys = cache.append_blocks(content_keys, query_keys, rows.has_gaps)
+    if rows.pattern == "open":
+        everything = [Attend(slice(None))]
+        return Attends(everything, everything, everything)
+    if rows.pattern == "causal":
+        # SDPA has a causal kernel that needs no mask; other implementations get one built.
+        has_kernel = config._attn_implementation == "sdpa"
+        mask = None if has_kernel else _mask(causal_mask_function, config, like, num_query, num_content)
+        alone = [Attend(slice(None), mask, is_causal=True)]
+        both = [Attend(slice(0, num_content), mask, True), Attend(slice(num_content, None), mask, True)]
+        return Attends(both, alone, alone)
+
+    def below(keys: torch.Tensor, bound: torch.Tensor) -> list[Attend]:
+        """Each row reads the keys whose block number is less than its bound."""
+
+        def reads(batch: Any, head: Any, query: Any, key: Any) -> Any:
+            return keys[batch, key] < bound[batch, query]
+
+        return [Attend(slice(None), _mask(reads, config, like, bound.shape[1], keys.shape[1]))]
+
+    # Content rows read up to their own block; query rows read content of earlier blocks, and queries up to their own.
+    return Attends(
+        both=below(content_keys, torch.cat([rows.content_block + 1, rows.query_block], dim=1)),
+        query=below(content_keys, rows.query_block),
+        upper=below(query_keys, rows.query_block + 1),
+    )
+
+
+def _mask(mask_function: Callable, config: ARMDConfig, like: torch.Tensor, num_queries: int, num_keys: int) -> Any:
+    build = ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation]
+    return build(
+        batch_size=like.shape[0],
+        q_length=num_queries,
+        kv_length=num_keys,
+        mask_function=mask_function,
+        allow_is_causal_skip=False,
+        dtype=like.dtype,
+        device=like.device,
+    )

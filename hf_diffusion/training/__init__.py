@@ -1,0 +1,18 @@
+"""Training masked-diffusion models with `transformers.Trainer`: orders, their curriculum, averaged weights, curves."""
+
+from .curriculum import CurriculumCallback, OrderCollator, OrderCurriculum
+from .curves import LossCurveCallback
+from .data import TokenBlocks, load_text, train_tokenizer
+from .ema import EMACallback
+
+
+__all__ = [
+    "CurriculumCallback",
+    "EMACallback",
+    "LossCurveCallback",
+    "OrderCollator",
+    "OrderCurriculum",
+    "TokenBlocks",
+    "load_text",
+    "train_tokenizer",
+]

@@ -1,0 +1,65 @@
+"""The losses of a training run as a picture."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+
+def plot_losses(log_history: list[dict[str, Any]], path: Path, phases: dict[str, int] | None = None) -> None:
+    """Draw every loss in a Trainer's `log_history` over steps, in nats per token, into a PNG file.
+
+    Args:
+        phases: name and first step of the phases of training, drawn as vertical lines.
+    """
+    from matplotlib.figure import Figure
+
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for entry in log_history:
+        for name, value in entry.items():
+            if name == "loss" or (name.endswith("_loss") and not name.startswith("train_")):
+                held_out = name.removeprefix("eval_").removesuffix("_loss") or "validation"
+                label = "training" if name == "loss" else held_out
+                curves.setdefault(label, []).append((entry["step"], value))
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for label, points in curves.items():
+        steps, losses = zip(*points, strict=True)
+        style: dict[str, Any] = (
+            {"color": "0.75", "linewidth": 1} if label == "training" else {"marker": "o", "markersize": 3}
+        )
+        axes.plot(steps, losses, label=label.replace("_", " "), **style)
+    for name, step in (phases or {}).items():
+        axes.axvline(step, color="0.6", linestyle=":", linewidth=1)
+        axes.annotate(name, (step, 1), xycoords=("data", "axes fraction"), xytext=(3, -12), textcoords="offset points")
+    axes.set_xlabel("optimiser step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+class LossCurveCallback(TrainerCallback):
+    """Keeps `loss.png` in the output folder up to date, at every evaluation and at the end of training."""
+
+    def __init__(self, phases: dict[str, int] | None = None) -> None:
+        self.phases = phases
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._plot(args, state)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._plot(args, state)
+
+    def _plot(self, args: TrainingArguments, state: TrainerState) -> None:
+        if not state.is_world_process_zero or not state.log_history:
+            return
+        try:
+            plot_losses(state.log_history, Path(str(args.output_dir)) / "loss.png", self.phases)
+        except ModuleNotFoundError:
+            logger.warning_once("No loss curves: matplotlib is not installed (`pip install hf-diffusion[train]`).")

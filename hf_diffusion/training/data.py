@@ -1,0 +1,99 @@
+"""Text in, blocks of tokens out."""
+
+import gzip
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerFast
+
+
+END_OF_TEXT = "<|endoftext|>"
+MASK = "<|mask|>"
+
+
+def load_text(source: str, config_name: str | None = None, split: str = "train", column: str = "text") -> list[str]:
+    """The documents of a text file (plain or `.gz`, one document), or of a data set on the Hub (one per row).
+
+    Raises:
+        ValueError: if `source` is neither, or holds no text.
+    """
+    path = Path(source)
+    if path.is_file():
+        content = path.read_bytes()
+        documents = [(gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8")]
+    elif path.exists() or path.suffix in {".txt", ".gz"}:
+        raise ValueError(f"`source`={source!r} is not a file. Name a text file or a data set.")
+    else:
+        from datasets import load_dataset
+
+        documents = list(load_dataset(source, config_name, split=split)[column])
+    if not any(document.strip() for document in documents):
+        raise ValueError(f"`source`={source!r} holds no text.")
+    return documents
+
+
+def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of `vocab_size` tokens, the last of which is the end of text, plus the mask symbol.
+
+    The mask symbol's id is `vocab_size`: it stands for a position to fill and needs no row in a model's embedding.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(_pieces(documents), trainer)
+    tokenizer.add_special_tokens([END_OF_TEXT, MASK])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        mask_token=MASK,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _pieces(documents: list[str], size: int = 10_000) -> Iterator[str]:
+    # The trainer counts words piece by piece; one huge document would be held several times over.
+    for document in documents:
+        lines = document.splitlines(keepends=True)
+        for start in range(0, len(lines), size):
+            yield "".join(lines[start : start + size])
+
+
+def tokenize(documents: list[str], tokenizer: Any) -> torch.Tensor:
+    """All documents as one long tensor of token ids, an end-of-sequence token after each if the tokenizer has one."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids: list[int] = []
+    for document in documents:
+        ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + end
+    return torch.tensor(ids, dtype=torch.long)
+
+
+class TokenBlocks(Dataset):
+    """Consecutive blocks of `length` tokens; what is left at the end is dropped.
+
+    Args:
+        tokens: long tensor [n].
+        length: tokens in a block.
+        block_index: long tensor [length], an order that every block is read in; None leaves it to the collator.
+    """
+
+    def __init__(self, tokens: torch.Tensor, length: int, block_index: torch.Tensor | None = None) -> None:
+        if len(tokens) < length:
+            raise ValueError(f"The text has {len(tokens)} tokens, fewer than one block of {length}. Use more text.")
+        self.blocks = tokens[: len(tokens) // length * length].view(-1, length)
+        self.block_index = block_index
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        example = {"input_ids": self.blocks[index]}
+        return example if self.block_index is None else {**example, "block_index": self.block_index}

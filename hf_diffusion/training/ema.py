@@ -1,0 +1,74 @@
+"""An exponential moving average of the weights, kept beside the ones that are trained."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+FILE_NAME = "ema.safetensors"
+
+
+class EMACallback(TrainerCallback):
+    """Averages the trainable weights after every optimiser step, and keeps the average in the Trainer's checkpoints.
+
+    The decay warms up as min(decay, (1 + n) / (10 + n)) after n steps, so that early weights are forgotten.
+
+    Args:
+        decay: per optimiser step, in [0, 1).
+    """
+
+    def __init__(self, decay: float = 0.9999) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"`decay` must be in [0, 1), got {decay}.")
+        self.decay = decay
+        self.average: dict[str, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        self.average = {name: weight.detach().clone() for name, weight in _weights(model).items()}
+        saved = self._path(args, state)
+        if state.global_step and saved.exists():
+            for name, weight in load_file(saved).items():
+                self.average[name].copy_(weight)
+
+    @torch.no_grad()
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
+        weights = _weights(model)
+        torch._foreach_lerp_(list(self.average.values()), [weights[name] for name in self.average], 1 - decay)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            save_file(self.average, self._path(args, state))
+
+    @contextmanager
+    def applied(self, model: Any) -> Iterator[None]:
+        """`model` with the averaged weights for the time of a `with` block."""
+        weights = _weights(model)
+        trained = {name: weights[name].detach().clone() for name in self.average}
+        with torch.no_grad():
+            for name, average in self.average.items():
+                weights[name].copy_(average)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, weight in trained.items():
+                    weights[name].copy_(weight)
+
+    @staticmethod
+    def _path(args: TrainingArguments, state: TrainerState) -> Path:
+        return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / FILE_NAME
+
+
+def _weights(model: Any) -> dict[str, torch.Tensor]:
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
