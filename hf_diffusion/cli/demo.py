@@ -2,17 +2,16 @@
 
 import argparse
 import time
-from importlib.resources import files
 
 import torch
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
 
+from ..checkpoints import ARMD_SHAKESPEARE
 from ..diffusion.orders import strided_steps
 from ..generation.live_view import LiveView
 
 
-CHECKPOINT = files("hf_diffusion") / "checkpoints" / "armd-shakespeare"
 TEXTS_FOR_MEAN = 16
 
 
@@ -26,11 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    import hf_diffusion  # noqa: F401  registers the family with the Auto classes
-
     logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(str(CHECKPOINT))
-    model = AutoModel.from_pretrained(str(CHECKPOINT)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(ARMD_SHAKESPEARE)
+    model = AutoModel.from_pretrained(ARMD_SHAKESPEARE).eval()
     prompt = tokenizer(arguments.prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].long()
     table = []
     for num_streams in arguments.num_streams:

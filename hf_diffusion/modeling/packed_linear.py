@@ -63,7 +63,7 @@ def unpack_linear_layers(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is PackedLinear:
             del module.packed
-            module.__class__ = nn.Linear
+            module.__class__ = nn.Linear  # type: ignore[assignment]
 
 
 __all__ = ["pack_linear_layers", "unpack_linear_layers"]
