@@ -1,4 +1,4 @@
-"""Shared set-up: the same threads and seed for every test, and no network."""
+"""Shared set-up: the same seed for every test, and no network."""
 
 import os
 from pathlib import Path

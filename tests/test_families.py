@@ -29,9 +29,8 @@ def seeded():
 class TestModel:
     def test_loss_is_the_mean_of_the_logits_cross_entropy_in_nats(self, family):
         model, ids = family.model(torch.float64), text(2, 9)
-        output = model(ids, labels=ids)
-        chosen = output.logits.log_softmax(-1).gather(-1, ids[..., None])
-        torch.testing.assert_close(output.loss, -chosen.mean())
+        chosen = model(ids).logits.log_softmax(-1).gather(-1, ids[..., None])
+        torch.testing.assert_close(model(ids, labels=ids).loss, -chosen.mean())
 
     def test_labels_of_minus_100_do_not_count(self, family):
         model, ids = family.model(torch.float64), text(2, 9)
@@ -57,16 +56,29 @@ class TestModel:
         mean = model(ids, labels=ids).loss
         torch.testing.assert_close(model(ids, labels=ids, num_items_in_batch=36).loss, mean / 2)
 
-    def test_training_returns_no_logits_with_labels(self, family):
-        model, ids = family.model().train(), text(2, 9)
+    def test_labels_at_padding_do_not_count(self, family):
+        model, ids = family.model(torch.float64), text(1, 9)
+        padded, mask = torch.nn.functional.pad(ids, (3, 0)), torch.nn.functional.pad(torch.ones_like(ids), (3, 0))
+        loss = model(padded, attention_mask=mask, labels=padded).loss
+        torch.testing.assert_close(loss, model(ids, labels=ids).loss)
+
+    def test_with_labels_the_logits_are_never_all_held(self, family):
+        model, ids = family.model(), text(2, 9)
         assert model(ids, labels=ids).logits is None
-        assert model(ids).logits.shape == (2, 9, 23)
+
+    @pytest.mark.parametrize("label", [23, -1])
+    def test_labels_outside_the_vocabulary_are_refused(self, family, label):
+        ids = text(2, 9)
+        labels = ids.clone()
+        labels[0, 3] = label
+        with pytest.raises(ValueError, match=f"`labels` holds {label}, which is no token.*-100"):
+            family.model()(ids, labels=labels)
 
     def test_every_parameter_is_trained(self, family):
         model, ids = family.model().train(), text(2, 9)
-        # An order in which some left neighbours are unknown, so that nothing is left out.
-        order = torch.arange(9).flip(0).expand(2, 9)
-        model(ids, labels=ids, block_index=order).loss.backward()
+        # In an order in which some left neighbours are unknown, so that nothing is left out.
+        backwards = torch.arange(9).flip(0).expand(2, 9)
+        model(ids, labels=ids, block_index=backwards).loss.backward()
         model(ids, labels=ids).loss.backward()
         assert not [name for name, weight in model.named_parameters() if weight.grad is None or not weight.grad.any()]
 
@@ -114,10 +126,10 @@ class TestModel:
         logits = model(padded, attention_mask=mask).logits[0, list(kept)]
         torch.testing.assert_close(logits, model(ids).logits[0])
 
-    def test_resized_and_tied_embeddings_stay_tied(self, family):
-        model = family.model()
-        assert model.lm_head.weight is model.get_input_embeddings().weight
-        assert family.model(tie_word_embeddings=False).lm_head.weight is not model.get_input_embeddings().weight
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_embeddings_are_tied_as_the_config_says(self, family, tied):
+        model = family.model(tie_word_embeddings=tied)
+        assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
 
 
 class TestLoading:
@@ -190,8 +202,8 @@ class TestGenerate:
         model, prompt = self.model(name), text(2, 4)
         output = model.generate(prompt, max_new_tokens=9, do_sample=False, return_dict_in_generate=True, **strategy)
         steps = output.steps[:, 4:]
-        order = torch.cat([torch.arange(4).expand(2, 4), steps + 4], dim=1)
-        logits = model(output.sequences, block_index=order).logits
+        block_index = torch.cat([torch.arange(4).expand(2, 4), steps + 4], dim=1)
+        logits = model(output.sequences, block_index=block_index).logits
         assert torch.equal(logits[:, 4:].argmax(-1), output.sequences[:, 4:])
 
     def test_top_k_of_one_is_greedy(self, name, strategy):
@@ -218,6 +230,26 @@ class TestGenerate:
             assert all(token == 6 for token in row[kept:])
             assert float(tokens_per_forward) == pytest.approx(kept / output.nfe)
         assert (new == 5).any()
+
+    def test_an_end_token_before_given_text_is_a_token_like_others(self, name, strategy):
+        model = self.model(name, eos_token_id=5, pad_token_id=6)
+        mask = model.config.mask_token_id
+        prompt = torch.tensor([[1, mask, mask, mask, 7, mask, mask, mask, mask]]).repeat(40, 1)
+        output = model.generate(prompt, attention_mask=torch.ones_like(prompt), temperature=3.0, **strategy)
+        ended_early = (output[:, 1:4] == 5).any(1)
+        assert bool(ended_early.any())
+        last_gap = output[ended_early][:, 5:]
+        assert not bool((last_gap == 6).all(1).any())
+
+    def test_bfloat16(self, name, strategy):
+        model = FAMILIES[name].model(torch.bfloat16)
+        output = model.generate(text(2, 6), max_new_tokens=7, **strategy)
+        assert bool(((output >= 0) & (output < 23)).all())
+
+    def test_a_mask_token_of_the_vocabulary_is_never_drawn(self, name, strategy):
+        model = self.model(name, mask_token_id=5)
+        output = model.generate(torch.tensor([[1, 2, 3]]).repeat(20, 1), max_new_tokens=12, temperature=3.0, **strategy)
+        assert not bool((output == 5).any())
 
     def test_text_from_nothing(self, name, strategy):
         assert self.model(name).generate(max_new_tokens=6, **strategy).shape == (1, 6)

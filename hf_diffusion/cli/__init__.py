@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     try:
         return command.run(parsed) or 0
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"hf-diffusion {parsed.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

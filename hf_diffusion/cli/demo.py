@@ -29,6 +29,8 @@ def run(arguments: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(ARMD_SHAKESPEARE)
     model = AutoModel.from_pretrained(ARMD_SHAKESPEARE).eval()
     prompt = tokenizer(arguments.prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].long()
+    for num_streams in arguments.num_streams:
+        strided_steps(arguments.max_new_tokens, num_streams)  # refuses what cannot be drawn before anything is shown
     table = []
     for num_streams in arguments.num_streams:
         settings = {
@@ -36,6 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
             "num_streams": num_streams,
             "max_new_tokens": arguments.max_new_tokens,
             "temperature": arguments.temperature,
+            "eos_token_id": None,  # texts of one length, so that their figures compare
             "return_dict_in_generate": True,
         }
         print(f"\n--- {num_streams} stream{'s' * (num_streams > 1)} ---\n", flush=True)

@@ -44,7 +44,7 @@ class DiffusionGenerationConfig(GenerationConfig):
     @classmethod
     def from_model_config(cls, model_config: Any) -> "DiffusionGenerationConfig":
         """The special tokens of a model config; nothing else in it concerns generation."""
-        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        names = ("eos_token_id", "pad_token_id")  # the models have a start symbol of their own
         return cls(**{name: getattr(model_config, name, None) for name in names}, _from_model_config=True)
 
     @classmethod
@@ -56,25 +56,41 @@ class DiffusionGenerationConfig(GenerationConfig):
         super().validate(strict=strict, user_set_attributes=user_set_attributes)
         for name in ("num_streams", "block_length", "max_denoising_steps"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
 
 
 def known_names() -> set[str]:
-    """Every name that a `DiffusionGenerationConfig` accepts."""
-    return {*vars(GenerationConfig()), *DIFFUSION_FIELDS, "transformers_version"}
+    """Every name that a `DiffusionGenerationConfig` accepts, those of its own housekeeping included."""
+    private = ("_from_model_config", "_commit_hash", "_original_object_hash")
+    return {*vars(GenerationConfig()), *DIFFUSION_FIELDS, *private, "transformers_version"}
 
 
 def refuse_unknown(kwargs: dict[str, Any]) -> None:
     """Raise ValueError for the first name that no generation config has, with the nearest one that it has."""
     known = known_names()
     for name in kwargs:
-        if name not in known and not name.startswith("_"):
+        if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1)
             hint = (
                 f" Did you mean `{nearest[0]}`?" if nearest else " See `DiffusionGenerationConfig` for what there is."
             )
             raise ValueError(f"`{name}` is not an argument of generation (value {kwargs[name]!r}).{hint}")
+
+
+SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+
+
+def check_together(kwargs: dict[str, Any]) -> None:
+    """Raise ValueError for arguments of one call that cannot both have their effect."""
+    if kwargs.get("max_length") is not None and kwargs.get("max_new_tokens") is not None:
+        raise ValueError("`max_length` and `max_new_tokens` say the same thing in two ways: pass one of them.")
+    if kwargs.get("do_sample") is False:
+        for name in SAMPLING_FIELDS:
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"`{name}`={kwargs[name]!r} has no effect with `do_sample=False`: the most likely token is taken."
+                )
 
 
 __all__ = ["DiffusionGenerationConfig"]

@@ -13,8 +13,9 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation import GenerationMixin
 
+from ..diffusion.canvas import check_tokens, real_positions
 from ..diffusion.orders import fill_order
-from .configuration import DIFFUSION_FIELDS, DiffusionGenerationConfig, refuse_unknown
+from .configuration import DIFFUSION_FIELDS, DiffusionGenerationConfig, check_together, refuse_unknown
 from .output import DiffusionGenerateOutput
 from .sampling import sample_categorical
 from .strategies import find_strategy
@@ -25,10 +26,9 @@ EFFECTIVE_FIELDS = {
     *DIFFUSION_FIELDS,
     *("max_length", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p"),
     *("epsilon_cutoff", "eta_cutoff", "suppress_tokens", "num_return_sequences", "use_cache"),
-    *("return_dict_in_generate", "eos_token_id", "pad_token_id", "bos_token_id"),
+    *("return_dict_in_generate", "eos_token_id", "pad_token_id"),
 }
-"""Fields of the generation config that `generate` acts on. Any other that is set to more than its default is refused.
-`bos_token_id` describes a tokenizer; the models have a start symbol of their own."""
+"""Fields of the generation config that `generate` acts on. Any other is refused if it is not at its default."""
 
 
 class DiffusionGenerationMixin(GenerationMixin):
@@ -96,7 +96,7 @@ class DiffusionGenerationMixin(GenerationMixin):
             "custom_generate": custom_generate,
         }
         for name, value in not_supported.items():
-            if value is not None and value != []:
+            if value is not None and value is not False and value != []:
                 raise ValueError(f"`{name}` is not supported by {type(self).__name__}.generate. Leave it out.")
 
         input_ids = kwargs.pop("input_ids", None)
@@ -108,7 +108,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         canvas, attention_mask = self._prepare_canvas(
             input_ids if input_ids is not None else inputs, attention_mask, config
         )
-        masked = canvas == self.config.mask_token_id
+        masked = (canvas == self.config.mask_token_id) & attention_mask.bool()
         block_index = fill_order(masked.cpu(), attention_mask.cpu(), lambda count: strategy.steps(count, config))
         return self._fill(canvas, attention_mask, masked, block_index, config, streamer, generator)
 
@@ -117,17 +117,22 @@ class DiffusionGenerationMixin(GenerationMixin):
     ) -> DiffusionGenerationConfig:
         """Settings of this call: `kwargs`, then `generation_config`, then the model's, then the defaults."""
         refuse_unknown(kwargs)
-        config = copy.deepcopy(
-            DiffusionGenerationConfig.from_generation_config(generation_config or self.generation_config)
-        )
+        check_together(kwargs)
+        given = DiffusionGenerationConfig.from_generation_config(generation_config or DiffusionGenerationConfig())
+        config = copy.deepcopy(given)
+        set_in_call = {name for name, value in given.to_dict().items() if value is not None} | kwargs.keys()
+        inherited = self.generation_config.to_dict()
+        # What the call sets replaces what goes with the model's own setting of the same thing.
+        if "strategy" in set_in_call:
+            inherited = {name: value for name, value in inherited.items() if name not in DIFFUSION_FIELDS}
+        if set_in_call & {"max_length", "max_new_tokens"}:
+            inherited = {name: value for name, value in inherited.items() if not name.startswith("max_")}
+        if kwargs.keys() & {"max_length", "max_new_tokens"}:
+            config.max_length = config.max_new_tokens = None
         defaults = DiffusionGenerationConfig._get_default_generation_params()
         del defaults["max_length"]  # depends on the prompt
-        config.update(**self.generation_config.to_dict(), defaults_only=True)
+        config.update(**inherited, defaults_only=True)
         config.update(**defaults, defaults_only=True)
-        # A length given in the call replaces one that the model's config carries in the other unit.
-        for name, other in (("max_new_tokens", "max_length"), ("max_length", "max_new_tokens")):
-            if kwargs.get(name) is not None and kwargs.get(other) is None:
-                setattr(config, other, None)
         config.update(**kwargs)
         for name, value in config.to_dict().items():
             if name.startswith("_") or name in EFFECTIVE_FIELDS or value is None or value == defaults.get(name):
@@ -138,6 +143,13 @@ class DiffusionGenerationMixin(GenerationMixin):
                 f"`{name}`={value!r} has no effect in {type(self).__name__}.generate, and nothing is ignored silently. "
                 "Leave it out."
             )
+        for token_id in _as_list(config.eos_token_id):
+            if not 0 <= token_id < self.config.vocab_size:
+                raise ValueError(
+                    f"`eos_token_id` must lie in the vocabulary (0 to {self.config.vocab_size - 1}), got {token_id}."
+                )
+        if config.num_return_sequences < 1:
+            raise ValueError(f"`num_return_sequences` must be at least 1, got {config.num_return_sequences}.")
         return config
 
     def _prepare_canvas(
@@ -156,15 +168,13 @@ class DiffusionGenerationMixin(GenerationMixin):
         input_ids = input_ids.to(device=device, dtype=torch.long)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-            pad_token_id, eos_token_ids = config.pad_token_id, _as_list(config.eos_token_id)
-            if pad_token_id is not None and pad_token_id not in eos_token_ids:
+            pad_token_id, others = config.pad_token_id, [*_as_list(config.eos_token_id), self.config.mask_token_id]
+            if pad_token_id is not None and pad_token_id not in others:
                 attention_mask = (input_ids != pad_token_id).long()
-        elif attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"`attention_mask` must have the shape of `inputs` {tuple(input_ids.shape)}, got "
-                f"{tuple(attention_mask.shape)}."
-            )
-        attention_mask = attention_mask.to(device=device, dtype=torch.long)
+        attention_mask = attention_mask.to(device)
+        real = real_positions(input_ids, attention_mask)
+        check_tokens(input_ids, real, self.config.vocab_size, self.config.mask_token_id)
+        attention_mask = attention_mask.long()
 
         appended = self._num_appended(input_ids, config)
         input_ids = torch.nn.functional.pad(input_ids, (0, appended), value=self.config.mask_token_id)
@@ -185,7 +195,9 @@ class DiffusionGenerationMixin(GenerationMixin):
             return config.max_new_tokens
         if config.max_length is None and bool((input_ids == self.config.mask_token_id).any()):
             return 0
-        max_length = config.max_length or DiffusionGenerationConfig._get_default_generation_params()["max_length"]
+        max_length = config.max_length
+        if max_length is None:
+            max_length = DiffusionGenerationConfig._get_default_generation_params()["max_length"]
         if max_length < length:
             raise ValueError(
                 f"`max_length` ({max_length}) is less than the length of `inputs` ({length}). Raise it, or set "
@@ -204,7 +216,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         generator: torch.Generator | None,
     ) -> torch.Tensor | DiffusionGenerateOutput:
         """Draw the masked positions of `canvas`, step by step."""
-        device, to_fill = canvas.device, masked.cpu()
+        device, to_fill, may_end = canvas.device, masked.cpu(), _may_end(masked, attention_mask)
         num_given = (attention_mask.cpu().bool() & ~to_fill).sum(dim=1, keepdim=True)
         steps = torch.where(to_fill, block_index - num_given, -1)
         # One uniform per position, drawn in advance: the text does not depend on how rows are batched.
@@ -228,7 +240,11 @@ class DiffusionGenerationMixin(GenerationMixin):
             cache, nfe = outputs.past_key_values, nfe + 1
             rows, columns = (query_positions >= 0).nonzero(as_tuple=True)
             positions = query_positions[rows, columns]
-            scores = processors(canvas[rows], outputs.logits[rows, columns])
+            logits = outputs.logits[rows, columns]
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            if self.config.mask_token_id < logits.shape[-1]:  # text never holds the sign for a position to fill
+                logits[:, self.config.mask_token_id] = -torch.inf
+            scores = processors(canvas[rows], logits)
             if config.do_sample:
                 tokens = sample_categorical(scores, uniforms[rows, positions])
             else:
@@ -237,9 +253,9 @@ class DiffusionGenerationMixin(GenerationMixin):
             masked = masked.index_put((rows, positions), torch.zeros_like(tokens, dtype=torch.bool))
             if feed is not None:
                 feed.step(canvas, masked)
-            if len(eos_token_ids) and bool(_ended(canvas, masked, to_fill.to(device), eos_token_ids).all()):
+            if len(eos_token_ids) and bool(_ended(canvas, masked, may_end, eos_token_ids).all()):
                 break
-        canvas, generated = _cut_after_end(canvas, to_fill.to(device), eos_token_ids, config.pad_token_id)
+        canvas, generated = _cut_after_end(canvas, to_fill.to(device), may_end, eos_token_ids, config.pad_token_id)
         if feed is not None:
             feed.end(canvas)
         if not config.return_dict_in_generate:
@@ -261,30 +277,36 @@ def _positions_where(flags: torch.Tensor) -> torch.Tensor:
     return positions.masked_fill(torch.arange(width) >= counts, -1)
 
 
-def _ends(canvas: torch.Tensor, to_fill: torch.Tensor, eos_token_ids: torch.Tensor) -> torch.Tensor:
-    """Bool [batch, length]: generated end-of-sequence tokens."""
-    return torch.isin(canvas, eos_token_ids) & to_fill
+def _may_end(to_fill: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Bool [batch, length]: positions to fill with no given token after them, where an end token ends the text."""
+    given = (attention_mask.bool() & ~to_fill).long()
+    return to_fill & (given.flip(1).cumsum(1).flip(1) == 0)
 
 
 def _ended(
-    canvas: torch.Tensor, masked: torch.Tensor, to_fill: torch.Tensor, eos_token_ids: torch.Tensor
+    canvas: torch.Tensor, masked: torch.Tensor, may_end: torch.Tensor, eos_token_ids: torch.Tensor
 ) -> torch.Tensor:
-    """Bool [batch]: rows with an end-of-sequence token and no masked position before it, or nothing left to fill."""
+    """Bool [batch]: rows whose text has ended with no masked position before the end, or with nothing left to fill."""
     gap_before = masked.cumsum(dim=1) > 0
-    return (_ends(canvas, to_fill, eos_token_ids) & ~gap_before).any(dim=1) | ~masked.any(dim=1)
+    ends = torch.isin(canvas, eos_token_ids) & may_end
+    return (ends & ~gap_before).any(dim=1) | ~masked.any(dim=1)
 
 
 def _cut_after_end(
-    canvas: torch.Tensor, to_fill: torch.Tensor, eos_token_ids: torch.Tensor, pad_token_id: int | None
+    canvas: torch.Tensor,
+    to_fill: torch.Tensor,
+    may_end: torch.Tensor,
+    eos_token_ids: torch.Tensor,
+    pad_token_id: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Padding at the generated positions after the first generated end-of-sequence token.
+    """Padding at the generated positions after the token that ends the text.
 
     Returns:
         The canvas, and a bool tensor [batch, length] that is True at generated tokens that are text.
     """
     if not len(eos_token_ids):
         return canvas, to_fill
-    ends = _ends(canvas, to_fill, eos_token_ids)
+    ends = torch.isin(canvas, eos_token_ids) & may_end
     after_end = (ends.cumsum(dim=1) - ends.long() > 0) & to_fill
     pad = pad_token_id if pad_token_id is not None else int(eos_token_ids[0])
     return canvas.masked_fill(after_end, pad), to_fill & ~after_end

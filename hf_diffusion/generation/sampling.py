@@ -16,9 +16,16 @@ def sample_categorical(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Te
 
     Returns:
         Long tensor [...].
+
+    Raises:
+        ValueError: if a row of logits is no distribution.
     """
-    cumulative = torch.softmax(logits.float(), dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    cumulative = torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1).cumsum(
+        dim=-1, dtype=torch.float64
+    )
     total = cumulative[..., -1:]
+    if not bool(torch.isfinite(total).all()):
+        raise ValueError("`logits` hold NaN, or exclude every token: there is nothing to draw from.")
     # Rounding may make u * total equal to the total; the draw must stay below it.
     below_total = torch.minimum(uniforms[..., None] * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, below_total, right=True).squeeze(-1)

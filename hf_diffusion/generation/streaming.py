@@ -16,8 +16,9 @@ class StreamerFeed:
     def __init__(self, streamer: Any, canvas: torch.Tensor, masked: torch.Tensor) -> None:
         self.streamer = streamer
         self.takes_drafts = hasattr(streamer, "put_draft")
-        self.shown = 0
-        self._put_until_gap(canvas, masked)
+        # Streamers take the first `put` for the prompt, so it is made even where the text begins with a gap.
+        self.shown = _first_gap(masked)
+        streamer.put(canvas[:, : self.shown].cpu())
 
     def step(self, canvas: torch.Tensor, masked: torch.Tensor) -> None:
         """Show `canvas` [batch, length] after a step; `masked` (bool) marks what is still to be drawn."""
@@ -32,8 +33,13 @@ class StreamerFeed:
         self.streamer.end()
 
     def _put_until_gap(self, canvas: torch.Tensor, masked: torch.Tensor) -> None:
-        gap = masked.any(dim=0).int()
-        until = int(gap.argmax()) if bool(gap.any()) else canvas.shape[1]
+        until = _first_gap(masked)
         if until > self.shown:
             self.streamer.put(canvas[:, self.shown : until].cpu())
             self.shown = until
+
+
+def _first_gap(masked: torch.Tensor) -> int:
+    """The first position that is masked in some row of `masked` [batch, length]; the length if there is none."""
+    gap = masked.any(dim=0).int()
+    return int(gap.argmax()) if bool(gap.any()) else masked.shape[1]

@@ -132,7 +132,7 @@ class ARMDCache(Cache):
         if tokens_to_remove:
             raise NotImplementedError(
                 f"An ARMDCache cannot be cropped (`tokens_to_remove`={tokens_to_remove}): its prefix state is a "
-                "running sum. Start from a new cache, or copy this one before the pass that you may want to undo."
+                "running sum. Start from a new cache."
             )
 
 

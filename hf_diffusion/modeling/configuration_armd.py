@@ -59,7 +59,7 @@ class ARMDConfig(PreTrainedConfig):
     rope_parameters: RopeParameters | dict | None = None
     prefix_encoding: Literal["sinusoidal", "learned"] = "sinusoidal"
     prefix_encoding_size: int = 64
-    prefix_scale: float | None = None
+    prefix_scale: float | int | None = None
     left_neighbour: bool = False
     tie_word_embeddings: bool = True
     use_cache: bool = True
@@ -72,8 +72,8 @@ class ARMDConfig(PreTrainedConfig):
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         if self.num_two_stream_layers is None:
-            self.num_two_stream_layers = self.num_hidden_layers // 2
-        if self.prefix_scale is None:
+            self.num_two_stream_layers = max(1, self.num_hidden_layers // 2)
+        if self.prefix_scale is None and self.prefix_encoding_size:
             self.prefix_scale = 1.0 / self.prefix_encoding_size
         if self.mask_token_id is None:
             self.mask_token_id = self.vocab_size
@@ -91,8 +91,8 @@ class ARMDConfig(PreTrainedConfig):
                 f"`num_two_stream_layers` must be between 1 and `num_hidden_layers` ({self.num_hidden_layers}), got "
                 f"{self.num_two_stream_layers}: the query stream reads the text through these layers only."
             )
-        if self.prefix_encoding_size % 2:
-            raise ValueError(f"`prefix_encoding_size` must be even, got {self.prefix_encoding_size}.")
+        if self.prefix_encoding_size < 2 or self.prefix_encoding_size % 2:
+            raise ValueError(f"`prefix_encoding_size` must be even and positive, got {self.prefix_encoding_size}.")
 
     def validate_token_ids(self) -> None:
         """Raise ValueError for special tokens that the model could not generate (called by `@strict`).

@@ -21,7 +21,7 @@ def chunked_cross_entropy(
 ) -> torch.Tensor:
     """Mean negative log-likelihood of `labels`, in nats per token.
 
-    Rows without a label are left out before the head. Logits are made in float32, at most `max_logits` elements at a
+    Rows without a label are left out before the head. Logits are held in float32, at most `max_logits` elements at a
     time; if there is more than one chunk, each is computed again in the backward pass instead of being kept.
 
     Args:

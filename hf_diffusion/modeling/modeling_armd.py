@@ -22,9 +22,11 @@ from transformers.models.llama.modeling_llama import (
 )
 from transformers.utils.generic import can_return_tuple
 
+from ..diffusion.canvas import check_labels
 from ..generation.mixin import DiffusionGenerationMixin
 from .cache_armd import ARMDCache
 from .configuration_armd import ARMDConfig
+from .initial_std import init_with_own_std, linear_with_std
 from .loss import chunked_cross_entropy
 from .masks_armd import Attend, plan_attention
 from .outputs import MaskedDiffusionOutput, QueryModelOutput
@@ -46,7 +48,7 @@ class ARMDAttention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.o_proj = linear_with_std(config.hidden_size, config.hidden_size, std=_residual_std(config))
 
     def forward(
         self,
@@ -91,7 +93,9 @@ class ARMDMLP(nn.Module):
         assert config.intermediate_size is not None
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
         self.act_fn = ACT2FN[config.hidden_act]
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.down_proj = linear_with_std(
+            config.intermediate_size, config.hidden_size, std=_residual_std(config), bias=True
+        )
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
@@ -134,6 +138,11 @@ class ARMDLayer(GradientCheckpointingLayer):
         return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
 
 
+def _residual_std(config: ARMDConfig) -> float:
+    # Each layer adds twice to a residual stream; scaled so, its variance at the start does not grow with the depth.
+    return config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
+
+
 class ARMDPreTrainedModel(PreTrainedModel):
     config: ARMDConfig
     base_model_prefix = "model"
@@ -146,20 +155,11 @@ class ARMDPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        std = self.config.initializer_range
-        into_residual = std / math.sqrt(2 * self.config.num_hidden_layers)
-        if isinstance(module, ARMDAttention):
-            init.normal_(module.o_proj.weight, std=into_residual)
-        elif isinstance(module, ARMDMLP):
-            init.normal_(module.down_proj.weight, std=into_residual)
-        elif isinstance(module, ARMDModel):
-            init.normal_(module.start, std=std)
+        if isinstance(module, ARMDModel):
+            init.normal_(module.start, std=self.config.initializer_range)
             if module.no_neighbour is not None:
-                init.normal_(module.no_neighbour, std=std)
-        elif isinstance(module, PositionEncoding) and module.form == "sinusoidal":
-            # Unlike the other weights these shape a kernel of positions, for which torch's own scale is the tested one.
-            init.kaiming_uniform_(module.proj.weight, a=math.sqrt(5))
-        else:
+                init.normal_(module.no_neighbour, std=self.config.initializer_range)
+        elif not init_with_own_std(module):
             super()._init_weights(module)
 
 
@@ -205,12 +205,12 @@ class ARMDModel(ARMDPreTrainedModel):
         last_two_stream_layer = self.config.num_two_stream_layers - 1
         for layer_idx, layer in enumerate(self.layers):
             if layer_idx < last_two_stream_layer:
-                hidden_states = layer(hidden_states, rotary, all_rows, content, attends.both, cache)
+                hidden_states = layer(hidden_states, rotary, all_rows, content, attends.both, past_key_values=cache)
             elif layer_idx == last_two_stream_layer:
-                hidden_states = layer(hidden_states, rotary, query, content, attends.query, cache)
+                hidden_states = layer(hidden_states, rotary, query, content, attends.query, past_key_values=cache)
                 rotary = (rotary[0][:, query], rotary[1][:, query])
             else:
-                hidden_states = layer(hidden_states, rotary, all_rows, all_rows, attends.upper, cache)
+                hidden_states = layer(hidden_states, rotary, all_rows, all_rows, attends.upper, past_key_values=cache)
             states_of_layers.append(hidden_states[:, -num_query:])
         states_of_layers[-1] = self.norm(hidden_states)
         if cache is not None:
@@ -219,8 +219,8 @@ class ARMDModel(ARMDPreTrainedModel):
 
         def answer(states: torch.Tensor) -> torch.Tensor:
             """From rows in the order of generation to the rows that were asked for."""
-            if cache is not None and query_positions is not None:
-                return states[:, num_query - query_positions.shape[1] :]
+            if rows.answer is not None:
+                return _take_rows(states, rows.answer)
             if not rows.in_position_order:
                 states = torch.empty_like(states).scatter(1, rows.query[..., None].expand_as(states), states)
             return states if query_positions is None else _take_rows(states, query_positions)
@@ -322,9 +322,10 @@ class ARMDForMaskedDiffusion(ARMDPreTrainedModel, DiffusionGenerationMixin):
             past_key_values: an `ARMDCache`. The first pass reads everything before the block that it asks for, later
                 passes only what the pass before asked for, which `input_ids` must hold by then. `block_index` counts
                 in the first pass only. Logits are those of a pass without cache.
-            labels: long [batch, length], tokens to predict; -100 for none. Gives `loss`, the mean negative
-                log-likelihood in nats per token in the order given: exact for that order, and so an upper bound on the
-                negative log-likelihood of the text. Needs all positions (`query_positions=None`).
+            labels: long [batch, length], tokens to predict; -100 for none, and none are predicted at padding. Gives
+                `loss`, the mean negative log-likelihood in nats per token in the order given: exact for that order, and
+                so an upper bound on the negative log-likelihood of the text. The logits are then not returned, since
+                they are never all held. Needs all positions (`query_positions=None`).
             use_cache: start a cache, if none is passed and `query_positions` is given.
             output_hidden_states: return the query stream after the prefix aggregation and after every layer.
             num_items_in_batch: divides the loss in place of the number of labels (set by `Trainer`).
@@ -336,11 +337,11 @@ class ARMDForMaskedDiffusion(ARMDPreTrainedModel, DiffusionGenerationMixin):
         """
         if labels is not None and query_positions is not None:
             raise ValueError("`labels` needs the logits of all positions: leave out `query_positions`.")
-        if labels is not None and labels.shape != input_ids.shape:
-            raise ValueError(
-                f"`labels` must have the shape of `input_ids` {tuple(input_ids.shape)}, got {tuple(labels.shape)}. "
-                "Row n predicts token n: nothing is shifted."
-            )
+        if labels is not None:
+            if not torch.compiler.is_compiling():
+                check_labels(labels, input_ids, self.config.vocab_size)
+            if attention_mask is not None:
+                labels = labels.masked_fill(attention_mask == 0, -100)
         if use_cache and past_key_values is None and query_positions is not None:
             past_key_values = ARMDCache(self.config.num_hidden_layers)
         outputs = self.model(
@@ -351,13 +352,13 @@ class ARMDForMaskedDiffusion(ARMDPreTrainedModel, DiffusionGenerationMixin):
             past_key_values=past_key_values,
             output_hidden_states=output_hidden_states,
         )
-        loss = logits = None
-        if labels is not None:
+        if labels is None:
+            loss, logits = None, self.lm_head(outputs.last_hidden_state)
+        else:
+            logits = None
             loss = chunked_cross_entropy(
                 outputs.last_hidden_state, labels, self.lm_head, self.config.vocab_size, num_items_in_batch
             )
-        if labels is None or not self.training:
-            logits = self.lm_head(outputs.last_hidden_state)
         return MaskedDiffusionOutput(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )

@@ -4,6 +4,8 @@ A decoding step multiplies every weight with a few rows. `F.linear` then spends 
 on computing; with the weight packed once, a pass costs little more than reading it.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -13,27 +15,35 @@ class PackedLinear(nn.Linear):
     """An `nn.Linear` that computes from a packed copy of its weight when no gradient is asked for.
 
     The weight itself stays where it is: saving, tying and training see an ordinary linear layer. The copy takes as much
-    memory again, and does not follow later changes of the weight; pack again after them.
+    memory again; it is made anew when the weight has changed, and is left out of copies of the model.
     """
 
-    packed: torch.Tensor
-
-    def pack(self) -> None:
-        # The hint is the number of rows to expect. Packing for a few rows serves one and many almost as well.
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), 8)
+    _packed: torch.Tensor | None = None
+    _packed_from: tuple[int, int] | None = None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() or input.dtype != self.packed.dtype or input.device.type != "cpu":
+        if torch.is_grad_enabled() or input.dtype != self.weight.dtype or not _packable(self.weight):
             return F.linear(input, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(input, self.packed, self.bias, "none", [], "")
+        weight_now = (self.weight.data_ptr(), self.weight._version)
+        if self._packed is None or self._packed_from != weight_now:
+            # The hint is the number of rows to expect. Packing for a few rows serves one and many almost as well.
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), 8)
+            self._packed_from = weight_now
+        return torch.ops.mkldnn._linear_pointwise(input, self._packed, self.bias, "none", [], "")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("_packed", "_packed_from")}
+
+
+def _packable(weight: Any) -> bool:
+    return weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
 
 
 def can_pack(linear: nn.Module) -> bool:
     """Whether this build of PyTorch has the (private) operators, and this layer is one that they serve."""
     return (
         type(linear) in (nn.Linear, PackedLinear)
-        and linear.weight.device.type == "cpu"
-        and linear.weight.dtype in (torch.float32, torch.bfloat16)
+        and _packable(linear.weight)
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -53,7 +63,6 @@ def pack_linear_layers(model: nn.Module) -> int:
     for module in model.modules():
         if can_pack(module):
             module.__class__ = PackedLinear
-            module.pack()  # type: ignore[operator]
             packed += 1
     return packed
 
@@ -62,7 +71,7 @@ def unpack_linear_layers(model: nn.Module) -> None:
     """Undo `pack_linear_layers`."""
     for module in model.modules():
         if type(module) is PackedLinear:
-            del module.packed
+            module._packed = module._packed_from = None
             module.__class__ = nn.Linear  # type: ignore[assignment]
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .configuration_armd import ARMDConfig
+from .initial_std import linear_with_std
 
 
 class PositionEncoding(nn.Module):
@@ -24,7 +25,8 @@ class PositionEncoding(nn.Module):
         if self.form == "learned":
             self.table = nn.Embedding(config.max_position_embeddings + 1, self.size)
         else:
-            self.proj = nn.Linear(self.size, self.size, bias=False)
+            # Unlike the other weights this one shapes a kernel of positions: it starts at torch's own scale.
+            self.proj = linear_with_std(self.size, self.size, std=(3 * self.size) ** -0.5)
 
     def forward(self, positions: torch.Tensor) -> torch.Tensor:
         if self.form == "learned":
@@ -75,4 +77,5 @@ def aggregate_visible(
 def prefix_state(content_encoding: torch.Tensor, content: torch.Tensor) -> torch.Tensor:
     """PE^T X [batch, prefix_encoding_size, hidden_size] of some content rows, in float32 at least."""
     sum_dtype = torch.promote_types(content.dtype, torch.float32)
-    return content_encoding.mT.to(sum_dtype) @ content.to(sum_dtype)
+    with torch.autocast(content.device.type, enabled=False):
+        return content_encoding.mT.to(sum_dtype) @ content.to(sum_dtype)

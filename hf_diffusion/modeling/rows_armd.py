@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from ..diffusion.canvas import check_tokens, real_positions
 from ..diffusion.orders import check_block_index, fill_order
 from .cache_armd import ARMDCache, mark
 from .configuration_armd import ARMDConfig
@@ -54,6 +55,7 @@ class Rows:
         content_block, query_block: [batch, M] and [batch, Q], their blocks; a query reads content of lower number.
         pattern: "causal", where the three masks are the plain causal one; "open", where every row may read whatever is
             there, in the cache or new; "blocks", where the numbers decide.
+        answer: [batch, asked], which of the query rows are the ones asked for; None for all, in position order.
         has_gaps: whether some rows only fill up a ragged batch.
         in_position_order: whether the query rows are the positions 0, 1, 2, ... of the canvas.
     """
@@ -64,6 +66,7 @@ class Rows:
     content_block: torch.Tensor
     query_block: torch.Tensor
     pattern: Literal["causal", "open", "blocks"]
+    answer: torch.Tensor | None = None
     has_gaps: bool = False
     in_position_order: bool = False
 
@@ -72,17 +75,9 @@ def read_canvas(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, co
     """Check the text and say where its positions are. Raises ValueError for what the network could not read."""
     if input_ids.ndim != 2 or input_ids.shape[1] == 0:
         raise ValueError(f"`input_ids` must have shape [batch, length >= 1], got {tuple(input_ids.shape)}.")
-    real = _real_positions(input_ids, attention_mask)
+    real = real_positions(input_ids, attention_mask)
+    check_tokens(input_ids, real, config.vocab_size, config.mask_token_id)
     masked: torch.Tensor = input_ids == config.mask_token_id  # type: ignore[assignment]
-    outside = ((input_ids < 0) | (input_ids >= config.vocab_size)) & ~masked
-    if real is not None:
-        outside &= real
-    if bool(outside.any()):
-        raise ValueError(
-            f"`input_ids` holds the token id {int(input_ids[outside][0])}, outside the vocabulary (0 to "
-            f"{config.vocab_size - 1}; {config.mask_token_id} marks a position to fill). Use the tokenizer that "
-            "belongs to this model."
-        )
     index = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
     if real is None:
         position, left = index + 1, index - 1
@@ -99,22 +94,6 @@ def read_canvas(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, co
     return Canvas(masked, real, position, left)
 
 
-def _real_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-    if attention_mask is None:
-        return None
-    if attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"`attention_mask` must have the shape of `input_ids` {tuple(input_ids.shape)}, got "
-            f"{tuple(attention_mask.shape)}. It marks padding; which block reads which is said by `block_index`."
-        )
-    real = attention_mask.to(torch.bool)
-    if not bool(real.any(dim=1).all()):
-        raise ValueError(
-            "`attention_mask` has a row of zeros only: there is no text in it. Leave that row out of the batch."
-        )
-    return None if bool(real.all()) else real
-
-
 def plan_rows(
     canvas: Canvas,
     block_index: torch.Tensor | None,
@@ -122,13 +101,52 @@ def plan_rows(
     cache: ARMDCache | None,
 ) -> Rows:
     """The rows of a pass over `canvas`; see `ARMDForMaskedDiffusion.forward` for the arguments."""
+    if query_positions is not None:
+        _check_positions(canvas, query_positions)
     if cache is None:
         return _all_rows(canvas, _checked_blocks(canvas, block_index, query_positions))
     if query_positions is None:
         raise ValueError("`past_key_values` needs `query_positions`: the positions of the next block to predict.")
+    _check_queries(canvas, query_positions, cache)
     if cache.num_passes:
         return _next_rows(canvas, cache, query_positions)
     return _first_rows(canvas, _checked_blocks(canvas, block_index, query_positions), query_positions)
+
+
+def _check_positions(canvas: Canvas, query_positions: torch.Tensor) -> None:
+    batch, length = canvas.masked.shape
+    if query_positions.ndim != 2 or query_positions.shape[0] != batch or query_positions.is_floating_point():
+        raise ValueError(
+            f"`query_positions` must be an integer tensor [batch={batch}, queried], got "
+            f"{query_positions.dtype} {tuple(query_positions.shape)}."
+        )
+    if bool(((query_positions < -1) | (query_positions >= length)).any()):
+        raise ValueError(
+            f"`query_positions` must hold positions 0..{length - 1}, or -1 for none, got {query_positions.tolist()}."
+        )
+
+
+def _check_queries(canvas: Canvas, query_positions: torch.Tensor, cache: ARMDCache) -> None:
+    if not isinstance(cache, ARMDCache):
+        raise ValueError(
+            f"`past_key_values` must be an `ARMDCache`, got {type(cache).__name__}. Pass `use_cache=True` in the first "
+            "pass, and what it returns in the next."
+        )
+    in_order = query_positions.sort(dim=1).values
+    repeated = bool(((in_order.diff(dim=1) == 0) & (in_order[:, 1:] >= 0)).any())
+    if cache.known is not None and cache.pending is not None:
+        if cache.known.shape != canvas.masked.shape:
+            raise ValueError(
+                f"`input_ids` has shape {tuple(canvas.masked.shape)}, but the cache was started with "
+                f"{tuple(cache.known.shape)}. A canvas keeps its length from the first pass to the last."
+            )
+        read = mark(cache.known, cache.pending.clamp(min=0), cache.pending >= 0)
+        repeated |= bool((read.gather(1, query_positions.clamp(min=0)) & (query_positions >= 0)).any())
+    if repeated:
+        raise ValueError(
+            "`query_positions` asks for a position twice, or for one that the cache has read already: "
+            f"{query_positions.tolist()}. Each position is asked for once, in its block."
+        )
 
 
 def _checked_blocks(
@@ -179,24 +197,47 @@ def _first_rows(canvas: Canvas, block_index: torch.Tensor, query_positions: torc
     read query rows.
     """
     asked = query_positions >= 0
-    first_asked = _blocks_at(block_index, query_positions, NOWHERE).amin(dim=1, keepdim=True)
-    given = block_index < first_asked
+    asked_blocks = block_index.gather(1, query_positions.clamp(min=0))
+    block_of_row = asked_blocks.masked_fill(~asked, NOWHERE).amin(dim=1, keepdim=True)
+    if bool(((asked_blocks != block_of_row) & asked).any()):
+        raise ValueError(
+            "`query_positions` asks for positions of several blocks at once, which would see each other's places: "
+            f"{query_positions.tolist()}. Ask for one block of `block_index` per row and pass."
+        )
+    # A row that asks for nothing yet has all its tokens given.
+    given = (block_index < block_of_row) & ~(canvas.masked & (block_of_row == NOWHERE))
     if canvas.real is not None:
         given = given & canvas.real
-    block, index = torch.where(given, block_index, NOWHERE).sort(dim=-1, stable=True)
-    width = int(given.sum(dim=1).max())
-    block, index = block[:, :width], index[:, :width]
-    query = torch.cat([index, query_positions.clamp(min=0)], dim=1)
-    uniform = bool(asked.all()) and bool((block < NOWHERE).all())
-    causal = uniform and _singletons(block) and query_positions.shape[1] == 1
+    num_given = given.sum(dim=1, keepdim=True)
+    key = torch.where(given, block_index, NOWHERE)
+    alone = query_positions.shape[1] == 1 and bool(asked.all())
+    if alone:
+        # Sorted in between the given tokens and the gaps, a single query keeps the causal pattern for uneven rows too.
+        key = key.scatter(1, query_positions, NOWHERE - 1)
+    block, index = key.sort(dim=-1, stable=True)
+    width = int(num_given.max())
+    queries = torch.arange(query_positions.shape[1], device=key.device).expand_as(query_positions)
+    asked_block = _block_of_pass(0, asked, block_index.shape[1])
+    if alone:
+        query, query_block = index[:, : width + 1], block[:, : width + 1].scatter(1, num_given, asked_block)
+        answer = num_given
+    else:
+        query = torch.cat([index[:, :width], query_positions.clamp(min=0)], dim=1)
+        query_block = torch.cat([block[:, :width], asked_block], dim=1)
+        answer = width + queries
+    index, block = index[:, :width], block[:, :width]
+    content_block = block.masked_fill(torch.arange(width, device=key.device) >= num_given, NOWHERE)
+    gaps = NOWHERE + torch.arange(width, device=key.device)
+    singletons = _singletons(torch.where(content_block < NOWHERE, content_block, gaps))
     return Rows(
         content=_with_start(index),
         query=query,
         neighbour=_known_neighbour(canvas, block_index, query),
-        content_block=_with_start(block),
-        query_block=torch.cat([block, _block_of_pass(0, asked, block_index.shape[1])], dim=1),
-        pattern="causal" if causal else "blocks",
-        has_gaps=not uniform,
+        content_block=_with_start(content_block),
+        query_block=query_block,
+        pattern="causal" if alone and singletons else "blocks",
+        answer=answer,
+        has_gaps=not bool(asked.all()) or bool((num_given < width).any()),
     )
 
 
@@ -221,6 +262,7 @@ def _next_rows(canvas: Canvas, cache: ARMDCache, query_positions: torch.Tensor) 
         content_block=_block_of_pass(cache.num_passes - 1, was_asked, length),
         query_block=_block_of_pass(cache.num_passes, asked, length),
         pattern="blocks" if has_gaps else "open",
+        answer=torch.arange(query.shape[1], device=query.device).expand_as(query),
         has_gaps=has_gaps,
     )
 

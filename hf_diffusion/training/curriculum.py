@@ -1,7 +1,7 @@
 """In which order each training text is read: ARMD's progressive permutation schedule and its strided phase.
 
 First left to right, then a growing number of positions trade places, and last, for parallel decoding, the strided
-order with a number of streams drawn anew at every step (paper, section 4).
+order with a number of streams drawn anew at every step.
 """
 
 import zlib
@@ -125,7 +125,7 @@ class OrderCollator:
 
     def _draw(self, curriculum: OrderCurriculum, text: torch.Tensor, step: int) -> torch.Tensor:
         of_step = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {step}".encode()))
-        of_text = torch.Generator().manual_seed(zlib.crc32(text.numpy().tobytes(), self.seed + step))
+        of_text = torch.Generator().manual_seed(zlib.crc32(text.numpy().tobytes(), of_step.initial_seed()))
         return curriculum.draw(len(text), step, of_step, of_text)
 
 
@@ -138,5 +138,10 @@ class CurriculumCallback(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if args.dataloader_persistent_workers:
+            raise ValueError(
+                "`dataloader_persistent_workers` keeps copies of the collator that are not told of a new epoch. "
+                "Set it to False with an order curriculum."
+            )
         self.collator.batches_per_step = args.gradient_accumulation_steps
         self.collator.start_at(state.global_step)

@@ -21,10 +21,11 @@ def plot_losses(log_history: list[dict[str, Any]], path: Path, phases: dict[str,
     curves: dict[str, list[tuple[int, float]]] = {}
     for entry in log_history:
         for name, value in entry.items():
-            if name == "loss" or (name.endswith("_loss") and not name.startswith("train_")):
-                held_out = name.removeprefix("eval_").removesuffix("_loss") or "validation"
-                label = "training" if name == "loss" else held_out
-                curves.setdefault(label, []).append((entry["step"], value))
+            if name == "loss":
+                curves.setdefault("training", []).append((entry["step"], value))
+            elif name.startswith("eval_") and name.endswith("_loss"):
+                held_out = name.removeprefix("eval_").removesuffix("_loss").removesuffix("loss")
+                curves.setdefault(held_out or "validation", []).append((entry["step"], value))
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for label, points in curves.items():
@@ -33,9 +34,10 @@ def plot_losses(log_history: list[dict[str, Any]], path: Path, phases: dict[str,
             {"color": "0.75", "linewidth": 1} if label == "training" else {"marker": "o", "markersize": 3}
         )
         axes.plot(steps, losses, label=label.replace("_", " "), **style)
-    for name, step in (phases or {}).items():
+    for number, (name, step) in enumerate((phases or {}).items()):
         axes.axvline(step, color="0.6", linestyle=":", linewidth=1)
-        axes.annotate(name, (step, 1), xycoords=("data", "axes fraction"), xytext=(3, -12), textcoords="offset points")
+        below_top = (3, -12 * (number + 1))
+        axes.annotate(name, (step, 1), xycoords=("data", "axes fraction"), xytext=below_top, textcoords="offset points")
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("loss (nats per token)")
     axes.legend()

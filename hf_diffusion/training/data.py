@@ -73,7 +73,9 @@ def tokenize(documents: list[str], tokenizer: Any) -> torch.Tensor:
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids: list[int] = []
     for document in documents:
-        ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + end
+        # What looks like a special token in a text is text.
+        encoded = tokenizer(document, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        ids += encoded["input_ids"] + end
     return torch.tensor(ids, dtype=torch.long)
 
 

@@ -32,9 +32,18 @@ class EMACallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        self.average = {name: weight.detach().clone() for name, weight in _weights(model).items()}
-        saved = self._path(args, state)
-        if state.global_step and saved.exists():
+        # In float32 at least: a step of the average is smaller than bfloat16 can tell.
+        self.average = {
+            name: weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+            for name, weight in _weights(model).items()
+        }
+        if state.global_step:
+            saved = self._path(args, state)
+            if not saved.exists():
+                raise ValueError(
+                    f"Training goes on from step {state.global_step}, but {saved} with its averaged weights is "
+                    "missing. Resume from a checkpoint in `output_dir` that was written with this callback."
+                )
             for name, weight in load_file(saved).items():
                 self.average[name].copy_(weight)
 
@@ -44,7 +53,8 @@ class EMACallback(TrainerCallback):
     ) -> None:
         decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
         weights = _weights(model)
-        torch._foreach_lerp_(list(self.average.values()), [weights[name] for name in self.average], 1 - decay)
+        for name, average in self.average.items():
+            average.lerp_(weights[name].to(average.dtype), 1 - decay)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:

@@ -74,7 +74,26 @@ class TrainingSettings:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"`validation_fraction` must be between 0 and 1, got {self.validation_fraction}.")
+        if self.block_length < 8:
+            raise ValueError(f"`block_length` must be at least 8, the streams evaluated, got {self.block_length}.")
+        if self.tokenizer is None and self.vocab_size < 258:
+            raise ValueError(
+                f"`vocab_size` must be at least 258 (every byte, and the end of text), got {self.vocab_size}."
+            )
+        if not self.learning_rate > 0:
+            raise ValueError(f"`learning_rate` must be positive, got {self.learning_rate}.")
+        if self.validation_blocks < 1:
+            raise ValueError(f"`validation_blocks` must be at least 1, got {self.validation_blocks}.")
+        if not 0 <= self.decay_fraction <= 1 or self.warmup_steps + self.decay_steps > self.steps:
+            raise ValueError(
+                f"`warmup_steps` ({self.warmup_steps}) and the decay ({self.decay_steps} steps) do not fit into "
+                f"`steps` ({self.steps}). Lower `warmup_steps` or `decay_fraction`."
+            )
         self.curriculum()
+
+    @property
+    def decay_steps(self) -> int:
+        return round(self.decay_fraction * self.steps)
 
     def curriculum(self) -> OrderCurriculum:
         return OrderCurriculum(
@@ -137,6 +156,11 @@ def train(settings: TrainingSettings) -> dict[str, Any]:
     Losses are in nats per token on the held-out end of the text: left to right, and in strided order with 2, 4 and 8
     streams for ARMD.
     """
+    if not settings.resume and any(settings.output.glob("checkpoints/checkpoint-*")):
+        raise ValueError(
+            f"`output`={str(settings.output)!r} holds checkpoints of another run. Continue it with `resume`, or name "
+            "another folder."
+        )
     documents = load_text(settings.text, settings.dataset_config)
     training_text, validation_text = split_text(documents, settings.validation_fraction)
     if settings.tokenizer is None:
@@ -181,32 +205,46 @@ def train(settings: TrainingSettings) -> dict[str, Any]:
         model=model,
         args=arguments,
         data_collator=collator,
-        train_dataset=data,
+        train_dataset=_whole_batches(data, settings.batch_size * arguments.world_size),
         eval_dataset=while_training,
         callbacks=callbacks,
     )
     trainer.train(resume_from_checkpoint=settings.resume or None)
     with ema.applied(model):
+        if trainer.is_world_process_zero():
+            _save(model, tokenizer, settings)
         losses = {
             name: trainer.evaluate(blocks, metric_key_prefix="final")["final_loss"]  # type: ignore[arg-type]
             for name, blocks in evaluations.items()
         }
-        results = {
-            "validation_loss_nats_per_token": losses,
-            "parameters": model.num_parameters(),
-            "training_tokens": settings.steps * settings.batch_size * settings.block_length * arguments.world_size,
-            "tokens_in_text": len(tokens),
-            "validation_tokens": len(validation) * settings.block_length,
-            "seconds": sum(entry.get("train_runtime", 0) for entry in trainer.state.log_history),
-            "settings": {name: str(v) if isinstance(v, Path) else v for name, v in asdict(settings).items()},
-        }
-        if trainer.is_world_process_zero():
-            # With a state dict of its own the config keeps the dtype to compute in.
-            weights = {name: w.half() if settings.store_half else w for name, w in model.state_dict().items()}
-            model.save_pretrained(settings.output, state_dict=weights)
-            tokenizer.save_pretrained(settings.output)
-            (settings.output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    results = {
+        "validation_loss_nats_per_token": losses,
+        "parameters": model.num_parameters(),
+        "training_tokens": settings.steps * settings.batch_size * settings.block_length * arguments.world_size,
+        "tokens_in_text": len(tokens),
+        "validation_tokens": len(validation) * settings.block_length,
+        "settings": {name: str(v) if isinstance(v, Path) else v for name, v in asdict(settings).items()},
+    }
+    if trainer.is_world_process_zero():
+        (settings.output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     return results
+
+
+def _save(model: PreTrainedModel, tokenizer: Any, settings: TrainingSettings) -> None:
+    weights = model.state_dict()
+    if settings.store_half:
+        # With a state dict of its own the config keeps the dtype to compute in. Tied weights are stored once.
+        tied = model.all_tied_weights_keys
+        weights = {name: weight.half() for name, weight in weights.items() if name not in tied}
+    model.save_pretrained(settings.output, state_dict=weights)
+    tokenizer.save_pretrained(settings.output)
+
+
+def _whole_batches(data: TokenBlocks, batch_size: int) -> Any:
+    """`data` without the blocks that would make up a smaller last batch."""
+    if len(data) < batch_size:
+        raise ValueError(f"The text has {len(data)} blocks, fewer than one batch of {batch_size}. Use more text.")
+    return torch.utils.data.Subset(data, range(len(data) // batch_size * batch_size))
 
 
 def split_text(documents: list[str], validation_fraction: float) -> tuple[list[str], list[str]]:
@@ -214,12 +252,11 @@ def split_text(documents: list[str], validation_fraction: float) -> tuple[list[s
     if len(documents) == 1:
         cut = round(len(documents[0]) * (1 - validation_fraction))
         return [documents[0][:cut]], [documents[0][cut:]]
-    cut = max(1, round(len(documents) * (1 - validation_fraction)))
+    cut = min(max(1, round(len(documents) * (1 - validation_fraction))), len(documents) - 1)
     return documents[:cut], documents[cut:]
 
 
 def _arguments(settings: TrainingSettings) -> TrainingArguments:
-    decay_steps = round(settings.decay_fraction * settings.steps)
     return TrainingArguments(
         output_dir=str(settings.output / "checkpoints"),
         max_steps=settings.steps,
@@ -228,7 +265,7 @@ def _arguments(settings: TrainingSettings) -> TrainingArguments:
         learning_rate=settings.learning_rate,
         warmup_steps=settings.warmup_steps,
         lr_scheduler_type="warmup_stable_decay",
-        lr_scheduler_kwargs={"num_decay_steps": decay_steps, "decay_type": "linear"},
+        lr_scheduler_kwargs={"num_decay_steps": settings.decay_steps, "decay_type": "linear"},
         weight_decay=settings.weight_decay,
         adam_beta2=0.98,
         max_grad_norm=1.0,
@@ -240,7 +277,6 @@ def _arguments(settings: TrainingSettings) -> TrainingArguments:
         logging_steps=10,
         prediction_loss_only=True,
         remove_unused_columns=False,
-        dataloader_drop_last=True,
         report_to=[],
         seed=settings.seed,
     )

@@ -35,8 +35,14 @@ PROMPT = torch.tensor([[1, 2, 3]])
         ),
         ({"max_new_tokens": 62}, "text of 65 tokens, longer than the model's context.*64"),
         ({"max_length": 2}, "`max_length` .2. is less than"),
-        ({"attention_mask": torch.ones(1, 2)}, "`attention_mask` must have the shape of `inputs`"),
+        ({"attention_mask": torch.ones(1, 2)}, "`attention_mask` must have the shape of `input_ids`"),
         ({"input_ids": PROMPT}, "`inputs` and `input_ids` are the same thing"),
+        ({"max_length": 8, "max_new_tokens": 4}, "`max_length` and `max_new_tokens` say the same thing"),
+        ({"do_sample": False, "top_k": 5}, "`top_k`=5 has no effect with `do_sample=False`"),
+        ({"bos_token_id": 5}, "`bos_token_id`=5 has no effect"),
+        ({"eos_token_id": 23}, "`eos_token_id` must lie in the vocabulary"),
+        ({"num_return_sequences": 0}, "`num_return_sequences` must be at least 1"),
+        ({"attention_mask": torch.zeros(1, 3)}, "`attention_mask` has a row of zeros only"),
         ({"assistant_model": object()}, "`assistant_model` is not supported"),
         ({"stopping_criteria": [lambda *_: True]}, "`stopping_criteria` is not supported"),
     ],
@@ -57,9 +63,9 @@ def test_wrong_prompts_are_refused(model):
 
 
 @pytest.mark.parametrize("token", [23, -1, 99])
-def test_a_token_outside_the_vocabulary_is_refused_before_the_network_runs(token):
+def test_a_token_outside_the_vocabulary_is_refused_before_any_pass(token):
     model = FAMILIES["armd"].model()
-    model.model.embed_tokens.register_forward_pre_hook(lambda *_: pytest.fail("the network ran"))
+    model.register_forward_pre_hook(lambda *_: pytest.fail("a pass was made"))
     prompt = torch.tensor([[1, token, 3]])
     if token == model.config.mask_token_id:
         prompt[0, 1] = 24
@@ -92,6 +98,30 @@ def test_the_call_wins_over_the_config_and_the_config_over_the_model():
     output = model.generate(PROMPT, max_length=7, return_dict_in_generate=True)
     assert output.sequences.shape[1] == 7
     assert output.nfe == 3
+
+
+def test_the_strategy_of_the_call_replaces_that_of_the_model_with_its_settings():
+    model = FAMILIES["armd"].model()
+    model.generation_config = DiffusionGenerationConfig(max_new_tokens=9, strategy="strided", num_streams=2)
+    assert model.generate(PROMPT, strategy="autoregressive", return_dict_in_generate=True).nfe == 9
+    passed = DiffusionGenerationConfig(strategy="autoregressive", max_length=7)
+    assert model.generate(PROMPT, generation_config=passed).shape[1] == 7
+
+
+def test_masks_that_are_padding_are_not_filled():
+    model = FAMILIES["armd"].model()
+    prompt = torch.tensor([[23, 23, 1, 2]])
+    mask = torch.tensor([[0, 0, 1, 1]])
+    output = model.generate(prompt, attention_mask=mask, max_new_tokens=3, return_dict_in_generate=True)
+    assert output.steps.tolist() == [[-1, -1, -1, -1, 0, 1, 2]]
+    assert float(output.tokens_per_forward) == 1
+
+
+def test_logits_that_are_no_distribution_are_refused():
+    model = FAMILIES["armd"].model()
+    model.lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="`logits` hold NaN"):
+        model.generate(PROMPT, max_new_tokens=1)
 
 
 def test_without_a_length_transformers_default_holds():

@@ -73,6 +73,14 @@ def test_printed_text_ends_with_the_decoded_sequence(streamer_class, tokenizer, 
         assert "<mask>" in printed
 
 
+@pytest.mark.parametrize("canvas", [None, torch.tensor([[23, 3, 23, 4]])], ids=["nothing", "gap first"])
+def test_no_text_is_taken_for_a_prompt_that_is_not_there(canvas, tokenizer, capsys):
+    streamer = TextStreamer(tokenizer, skip_prompt=True)
+    arguments = {} if canvas is not None else {"max_new_tokens": 5}
+    sequences = FAMILIES["armd"].model().generate(canvas, streamer=streamer, **arguments)
+    assert capsys.readouterr().out.split() == tokenizer.decode(sequences[0]).split()
+
+
 def test_iterator_streamer_yields_the_text(tokenizer):
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=False, timeout=10)
     sequences = FAMILIES["armd"].model().generate(PROMPT, streamer=streamer, **STRIDED)

@@ -9,6 +9,7 @@ from families import FAMILIES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from modeling.armd_reference import Reference
+from transformers import DynamicCache
 
 from hf_diffusion import ARMDCache, ARMDConfig, ARMDForMaskedDiffusion
 from hf_diffusion.diffusion import orders
@@ -52,7 +53,7 @@ class TestNetwork:
 
     @pytest.mark.parametrize("blocks", [[0, 1, 2, 3], [1, 3, 0, 2], [1, 0, 1, 0], [0, 0, 0, 0]], ids=str)
     def test_probabilities_of_all_texts_sum_to_one(self, blocks):
-        # True of any order if and only if no conditional sees its own block or a later one.
+        # A conditional that saw its own block or a later one would break the sum.
         model = FAMILIES["armd_left_neighbour"].model(torch.float64, vocab_size=4)
         texts = torch.tensor(list(itertools.product(range(4), repeat=4)))
         logits = model(texts, block_index=torch.tensor(blocks).expand(len(texts), -1)).logits
@@ -251,6 +252,9 @@ class TestCache:
         model(ids, block_index=blocks)
         model(ids, attention_mask=attention_mask)
         decode(model, ids, blocks, 4)
+        uneven = torch.tensor([[0, 0, 0, *range(7)], list(range(10))])
+        queries = torch.tensor([[8], [5]])
+        model(ids, attention_mask, uneven, query_positions=queries, use_cache=True)
         with pytest.raises(pytest.fail.Exception):
             model(ids, block_index=torch.zeros_like(ids))
 
@@ -276,6 +280,38 @@ class TestCache:
             cache.crop(-1)
         cache.reset()
         torch.testing.assert_close(ask(cache, ids, 8).logits[:, 0], full[:, 8])
+
+    @pytest.mark.parametrize(
+        ("queries", "message"),
+        [
+            ([[2, 3]], "positions of several blocks at once"),
+            ([[9]], r"must hold positions 0\.\.3"),
+            ([2], "must be an integer tensor .batch=1, queried"),
+            ([[0], [1]], "must be an integer tensor .batch=1, queried"),
+            ([[2, 2]], "asks for a position twice"),
+        ],
+        ids=["blocks", "range", "flat", "batch", "twice"],
+    )
+    def test_wrong_queries_are_refused(self, model, queries, message):
+        ids = torch.tensor([[1, 2, 3, 4]])
+        with pytest.raises(ValueError, match=message):
+            model(
+                ids,
+                block_index=orders.left_to_right(1, 4),
+                query_positions=torch.tensor(queries),
+                use_cache=True,
+            )
+
+    def test_what_the_cache_has_read_is_not_asked_again(self, model):
+        ids, blocks = torch.tensor([[1, 2, 3, 4]]), orders.left_to_right(1, 4)
+        cache = model(ids, block_index=blocks, query_positions=torch.tensor([[2]]), use_cache=True).past_key_values
+        for position in (1, 2):
+            with pytest.raises(ValueError, match="or for one that the cache has read already"):
+                model(ids, query_positions=torch.tensor([[position]]), past_key_values=cache)
+        with pytest.raises(ValueError, match="A canvas keeps its length"):
+            model(torch.ones(1, 5, dtype=torch.long), query_positions=torch.tensor([[3]]), past_key_values=cache)
+        with pytest.raises(ValueError, match="must be an `ARMDCache`, got DynamicCache"):
+            model(ids, query_positions=torch.tensor([[3]]), past_key_values=DynamicCache())
 
     def test_a_block_must_be_written_before_the_next_pass(self, model):
         ids = torch.full((1, 4), model.config.mask_token_id)
@@ -306,6 +342,17 @@ class TestAttentionImplementations:
             error = (model(ids, **case).logits - logits)[rows].abs().max()
             assert float(error) < 1e-5 * float(logits.std())
         assert torch.equal(model.generate(ids[:, :9], max_new_tokens=2, do_sample=False), drawn)
+
+
+def test_projections_into_the_residual_stream_start_smaller():
+    model = FAMILIES["armd"].model(hidden_size=128, num_hidden_layers=8, initializer_range=0.02)
+    layer = model.model.layers[3]
+    for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+        assert float(projection.weight.detach().std()) == pytest.approx(0.02 / 4, rel=0.05)
+    assert float(layer.self_attn.q_proj.weight.detach().std()) == pytest.approx(0.02, rel=0.05)
+    # torch's own scale for a linear layer: uniform in +-1/sqrt(n), so a standard deviation of 1/sqrt(3n).
+    encoding = FAMILIES["armd"].model(prefix_encoding_size=128).model.position_encoding.proj.weight.detach()
+    assert float(encoding.std()) == pytest.approx(float(torch.nn.Linear(128, 128).weight.detach().std()), rel=0.05)
 
 
 def test_a_model_of_the_papers_size_has_the_papers_number_of_parameters():

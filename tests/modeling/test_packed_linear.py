@@ -34,5 +34,25 @@ def test_training_saving_and_unpacking_see_ordinary_layers(tmp_path):
     assert not any(isinstance(module, PackedLinear) for module in model.modules())
 
 
+def test_a_changed_weight_is_packed_anew():
+    model, ids = FAMILIES["armd"].model(), torch.randint(23, (2, 9))
+    pack_linear_layers(model)
+    with torch.no_grad():
+        before = model(ids).logits
+        model.model.layers[0].mlp.up_proj.weight.mul_(3)
+        after = model(ids).logits
+        unpack_linear_layers(model)
+        torch.testing.assert_close(after, model(ids).logits, rtol=1e-5, atol=1e-4)
+    assert not torch.allclose(before, after)
+
+
+def test_packed_models_can_be_copied():
+    model, ids = FAMILIES["armd"].model(), torch.randint(23, (2, 9))
+    pack_linear_layers(model)
+    with torch.no_grad():
+        expected = model(ids).logits
+        torch.testing.assert_close(copy.deepcopy(model)(ids).logits, expected)
+
+
 def test_what_cannot_be_packed_stays():
     assert pack_linear_layers(FAMILIES["armd"].model(torch.float64)) == 0

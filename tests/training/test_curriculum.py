@@ -89,6 +89,7 @@ def test_workers_share_the_steps_among_them():
 def test_the_callback_passes_on_where_training_is():
     class Arguments:
         gradient_accumulation_steps = 4
+        dataloader_persistent_workers = False
 
     class State:
         global_step = 7
@@ -96,6 +97,9 @@ def test_the_callback_passes_on_where_training_is():
     collator = OrderCollator(OrderCurriculum())
     CurriculumCallback(collator).on_epoch_begin(Arguments(), State(), None)
     assert (collator.first_batch, collator.batches, collator.batches_per_step) == (28, 0, 4)
+    Arguments.dataloader_persistent_workers = True
+    with pytest.raises(ValueError, match="`dataloader_persistent_workers` keeps copies"):
+        CurriculumCallback(collator).on_epoch_begin(Arguments(), State(), None)
 
 
 def test_uneven_texts_are_padded_and_padding_does_not_count():

@@ -35,6 +35,13 @@ def test_tokenizer_is_lossless_and_keeps_the_mask_outside_the_vocabulary():
     assert int((ids == 299).sum()) == 2
 
 
+def test_special_tokens_spelled_out_in_a_text_are_text():
+    tokenizer = train_tokenizer([TEXT], 300)
+    ids = tokenize(["a<|mask|>b<|endoftext|>"], tokenizer)
+    assert tokenizer.mask_token_id not in ids
+    assert int((ids == tokenizer.eos_token_id).sum()) == 1
+
+
 def test_blocks_cut_the_text_without_overlap():
     blocks = TokenBlocks(torch.arange(10), 4)
     assert [block["input_ids"].tolist() for block in blocks] == [[0, 1, 2, 3], [4, 5, 6, 7]]

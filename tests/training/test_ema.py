@@ -50,6 +50,24 @@ def test_average_survives_a_checkpoint(tmp_path):
     assert float(resumed.average["weight"]) == float(callback.average["weight"]) != 4.0
 
 
+def test_a_missing_average_is_noticed(tmp_path):
+    state = State()
+    state.global_step = 3
+    with pytest.raises(ValueError, match="averaged weights is missing"):
+        EMACallback().on_train_begin(Arguments(tmp_path), state, None, model=nn.Linear(1, 1))
+
+
+def test_bfloat16_weights_are_averaged_in_float32(tmp_path):
+    model, callback, state = nn.Linear(1, 1, bias=False).bfloat16(), EMACallback(decay=0.999), State()
+    with torch.no_grad():
+        model.weight.fill_(0.0)
+    callback.on_train_begin(Arguments(tmp_path), state, None, model=model)
+    state.global_step = 100_000
+    for _ in range(2000):
+        step(callback, model, state, 1.0)
+    assert float(callback.average["weight"]) == pytest.approx(1 - 0.999**2000, rel=1e-3)
+
+
 @pytest.mark.parametrize("decay", [1.0, -0.1])
 def test_impossible_decays_are_refused(decay):
     with pytest.raises(ValueError, match="`decay` must be in"):

@@ -3,11 +3,13 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
 from hf_diffusion.cli import main
@@ -61,6 +63,25 @@ def test_command_trains_evaluates_and_writes_everything(text, tmp_path, capsys):
     assert tokenizer.decode(sequences[0]).startswith("the king")
 
 
+def test_weights_stored_in_half_are_used_in_full(text, tmp_path):
+    settings = TrainingSettings(text=str(text), output=tmp_path, steps=6, evaluate_every=6, store_half=True, **TINY)
+    results = train(settings)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert {weight.dtype for weight in stored.values()} == {torch.float16}
+    assert "lm_head.weight" not in stored
+    assert sum(weight.numel() for weight in stored.values()) == results["parameters"]
+    assert AutoModel.from_pretrained(tmp_path).dtype == torch.float32
+    with pytest.raises(ValueError, match="holds checkpoints of another run"):
+        train(settings)
+
+
+def test_few_held_out_blocks_are_evaluated_all_the_same(text, tmp_path):
+    few = {**TINY, "batch_size": 16, "validation_fraction": 0.03}
+    results = train(TrainingSettings(text=str(text), output=tmp_path, steps=4, evaluate_every=4, **few))
+    assert results["validation_tokens"] % (16 * 32) != 0
+    assert 0 < results["validation_loss_nats_per_token"]["left_to_right"] < 6
+
+
 def test_stopped_and_resumed_training_ends_where_uninterrupted_training_does(text, tmp_path):
     def settings(name, **overrides):
         return TrainingSettings(
@@ -70,10 +91,7 @@ def test_stopped_and_resumed_training_ends_where_uninterrupted_training_does(tex
     through = train(settings("through"))
     # A run that is killed after its first checkpoint leaves what a shorter run of the same schedule leaves.
     train(settings("stopped"))
-    for path in (tmp_path / "stopped" / "checkpoints").glob("checkpoint-12"):
-        for file in path.iterdir():
-            file.unlink()
-        path.rmdir()
+    shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "checkpoint-12")
     resumed = train(settings("stopped", resume=True))
     key = "validation_loss_nats_per_token"
     assert resumed[key] == pytest.approx(through[key], rel=1e-6)
@@ -106,6 +124,8 @@ def test_two_processes_get_the_loss_of_one(text, tmp_path):
     (alone, results_alone), (together, results_together) = launch(1, 4), launch(2, 2)
     assert results_alone["training_tokens"] == results_together["training_tokens"]
     assert together == pytest.approx(alone, rel=1e-4)
+    losses = "validation_loss_nats_per_token"
+    assert results_together[losses] == pytest.approx(results_alone[losses], rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -116,8 +136,11 @@ def test_two_processes_get_the_loss_of_one(text, tmp_path):
         (["--max-shuffled", "0"], "`max_shuffled` must be at least 1"),
         (["--validation-fraction", "1"], "`validation_fraction` must be between 0 and 1"),
         (["--text", "nowhere.txt"], "'nowhere.txt' is not a file"),
+        (["--steps", "100", "--warmup-steps", "90"], "`warmup_steps` (90) and the decay (20 steps) do not fit"),
+        (["--block-length", "4"], "`block_length` must be at least 8"),
+        (["--vocab-size", "100"], "`vocab_size` must be at least 258"),
     ],
-    ids=["steps", "family", "rho", "fraction", "text"],
+    ids=["steps", "family", "rho", "fraction", "text", "warm-up", "length", "vocabulary"],
 )
 def test_wrong_flags_are_refused_and_nothing_is_written(flags, message, text, tmp_path, capsys):
     output = tmp_path / "model"

@@ -1,0 +1,62 @@
+"""What a text must be like before a network reads it: shapes, padding, token ids."""
+
+import torch
+
+
+def real_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Bool [batch, length], True where there is text; None if there is no padding.
+
+    Raises:
+        ValueError: if `attention_mask` has another shape than `input_ids`, or a row of padding only.
+    """
+    if attention_mask is None:
+        return None
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"`attention_mask` must have the shape of `input_ids` {tuple(input_ids.shape)}, got "
+            f"{tuple(attention_mask.shape)}. It marks padding; which block reads which is said by `block_index`."
+        )
+    real = attention_mask.to(torch.bool)
+    if real.shape[1] and not bool(real.any(dim=1).all()):
+        raise ValueError(
+            "`attention_mask` has a row of zeros only: there is no text in it. Leave that row out of the batch."
+        )
+    return None if bool(real.all()) else real
+
+
+def check_tokens(
+    input_ids: torch.Tensor, real: torch.Tensor | None, vocab_size: int, mask_token_id: int | None
+) -> None:
+    """Raise ValueError for a token that is neither in the vocabulary nor the sign for a position to fill.
+
+    Args:
+        input_ids: long [batch, length].
+        real: bool [batch, length], False at padding, which may hold any id; None for no padding.
+        vocab_size, mask_token_id: of the model.
+    """
+    outside = (input_ids < 0) | (input_ids >= vocab_size)
+    if mask_token_id is not None:
+        outside &= input_ids != mask_token_id
+    if real is not None:
+        outside &= real
+    if bool(outside.any()):
+        raise ValueError(
+            f"`input_ids` holds the token id {int(input_ids[outside][0])}, outside the vocabulary (0 to "
+            f"{vocab_size - 1}; {mask_token_id} marks a position to fill). Use the tokenizer that belongs to this "
+            "model."
+        )
+
+
+def check_labels(labels: torch.Tensor, input_ids: torch.Tensor, vocab_size: int) -> None:
+    """Raise ValueError unless `labels` [batch, length] are tokens of the vocabulary, or -100 for none."""
+    if labels.shape != input_ids.shape:
+        raise ValueError(
+            f"`labels` must have the shape of `input_ids` {tuple(input_ids.shape)}, got {tuple(labels.shape)}. "
+            "Row n predicts token n: nothing is shifted."
+        )
+    outside = ((labels < 0) & (labels != -100)) | (labels >= vocab_size)
+    if bool(outside.any()):
+        raise ValueError(
+            f"`labels` holds {int(labels[outside][0])}, which is no token of the vocabulary (0 to {vocab_size - 1}). "
+            "Put -100 where there is nothing to predict, and the true tokens, not masks, where there is."
+        )
