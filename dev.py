@@ -6,7 +6,7 @@
     python3 dev.py lint          run ruff and mypy on this tree (.venv)
     python3 dev.py build         build the sdist and the wheel into dist/, and check what is in them (.venv)
 
-It needs Python 3.11 or newer and its standard library. The environments are made at the first call, with the versions
+It needs Python 3.10 or newer and its standard library. The environments are made at the first call, with the versions
 in constraints.txt, and are used again until what they were made from has changed.
 """
 
@@ -136,8 +136,8 @@ def build() -> None:
 
 
 def main() -> None:
-    if sys.version_info < (3, 11):
-        sys.exit(f"dev.py: needs Python 3.11 or newer, this is {sys.version.split()[0]}")
+    if sys.version_info < (3, 10):
+        sys.exit(f"dev.py: needs Python 3.10 or newer, this is {sys.version.split()[0]}")
     name, *args = sys.argv[1:] or ["--help"]
     if name == "demo":
         demo(args)
