@@ -3,8 +3,8 @@
     python benchmarks/decode.py [--dtype bfloat16] [--batch-size 8] [--profile 16] [--json decode.json]
 
 Random weights, 12 layers of 768, GPT-2's vocabulary, sampling at temperature 1. Two baselines: GPT-2 through
-transformers' own `generate` with its cache, and an autoregressive decoder that is tuned as ARMD's is (its layers, packed
-weights, growing cache, one uniform per draw).
+transformers' own `generate` with its cache, and an autoregressive decoder that is tuned as ARMD's is (its layers,
+packed weights, growing cache, one uniform per draw).
 """
 
 import argparse
