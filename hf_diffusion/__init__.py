@@ -7,11 +7,25 @@ from .generation.configuration import DiffusionGenerationConfig
 from .modeling.auto import register
 from .modeling.cache_armd import ARMDCache
 from .modeling.configuration_armd import ARMDConfig
+from .modeling.configuration_mdlm import MDLMConfig
+from .modeling.configuration_mdlm_ar import MDLMARConfig
 from .modeling.modeling_armd import ARMDForMaskedDiffusion
+from .modeling.modeling_mdlm import MDLMForMaskedDiffusion
+from .modeling.modeling_mdlm_ar import MDLMARForCausalLM
 
 
 __version__ = "0.1.0"
 
-__all__ = ["ARMDCache", "ARMDConfig", "ARMDForMaskedDiffusion", "DiffusionGenerationConfig", "__version__"]
+__all__ = [
+    "ARMDCache",
+    "ARMDConfig",
+    "ARMDForMaskedDiffusion",
+    "DiffusionGenerationConfig",
+    "MDLMARConfig",
+    "MDLMARForCausalLM",
+    "MDLMConfig",
+    "MDLMForMaskedDiffusion",
+    "__version__",
+]
 
 register()
