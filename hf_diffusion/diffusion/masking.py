@@ -2,10 +2,10 @@
 
 With SUBS, -log p(text) is at most
 
-    integral from 0 to 1 of velocity(t) * E[ sum over masked n of -log p(text[n] | text masked at time t) ] dt      (1)
+    integral from 0 to 1 of velocity(t) * E[ sum over masked n of -log p(text[n] | text masked at time t) ] dt     (1)
 
-in nats, if nothing is masked at t = 0 and everything at t = 1. One draw of t and of the masks estimates it: the negative
-log-likelihood of every masked token, times a weight that only depends on t and on how t was drawn.
+in nats, if nothing is masked at t = 0 and everything at t = 1. One draw of t and of the masks estimates it: the
+negative log-likelihood of every masked token, times a weight that only depends on t and on how t was drawn.
 """
 
 from dataclasses import dataclass
@@ -68,8 +68,9 @@ class TimeSampling:
 
 
 def low_discrepancy(uniforms: torch.Tensor) -> torch.Tensor:
-    """One uniform in each of n equal parts of [0, 1): (U_i + i) / n. Each value is uniform over the parts taken together,
-    so means over the batch keep their expectation and lose most of their variance.
+    """One uniform in each of n equal parts of [0, 1): (U_i + i) / n.
+
+    Taken together they are uniform, so means over the batch keep their expectation and lose most of their variance.
 
     Args:
         uniforms: [n], independent and uniform in [0, 1).
@@ -82,8 +83,8 @@ def low_discrepancy(uniforms: torch.Tensor) -> torch.Tensor:
 def importance_times(uniforms: torch.Tensor, schedule: NoiseSchedule, least: float, most: float) -> torch.Tensor:
     """Times at which the probability of a mask is log-uniform between `least` and `most`.
 
-    That is the law in proportion to the velocity, as velocity(t) dt = d log(1 - alpha(t)). The weight that belongs to it
-    is log(most / least) for every token.
+    That is the law in proportion to the velocity, as velocity(t) dt = d log(1 - alpha(t)). The weight that belongs to
+    it is log(most / least) for every token.
 
     Args:
         uniforms: [n] in [0, 1).
@@ -104,9 +105,9 @@ def draw_times(
         uniforms: float [batch], independent and uniform in [0, 1).
 
     Returns:
-        t [batch] in (0, 1], and the weight [batch] of a masked token. In discrete time that is the sum over the T steps of
-        the Kullback-Leibler divergence, T (alpha(s) - alpha(t)) / (1 - alpha(t)) with s = t - 1/T: finite at every step,
-        the first one included.
+        t [batch] in (0, 1], and the weight [batch] of a masked token. In discrete time that is T times what the token
+        counts in the divergence of step s = t - 1/T from t, T (alpha(s) - alpha(t)) / (1 - alpha(t)): finite at every
+        step, the first one included.
     """
     if sampling.low_discrepancy:
         uniforms = low_discrepancy(uniforms)
@@ -172,7 +173,7 @@ def subs_log_probs(logits: torch.Tensor, input_ids: torch.Tensor, mask_token_id:
         input_ids: long [batch, length], the text that the network has read.
 
     Returns:
-        [batch, length, vocab_size] in nats, in float32 or the dtype of `logits` if that is wider; -inf for probability 0.
+        [batch, length, vocab_size] in nats, in float32 or wider; -inf for probability 0.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     is_mask_token = torch.arange(logits.shape[-1], device=logits.device) == mask_token_id

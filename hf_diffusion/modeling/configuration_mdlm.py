@@ -43,8 +43,8 @@ class MDLMConfig(PreTrainedConfig):
         time_conditioning (`bool`, defaults to `False`): the network reads the noise level `sigma`. If not, it is told 0
             always, and what its layers make of that is a constant.
         attend_to_padding (`bool`, defaults to `False`): treat padding as the reference implementation does, which takes
-            no attention mask: padding is attended to, counts as positions, and is masked and predicted like text, though
-            not counted in the loss. If `False`, what `attention_mask` hides has no effect on any other position.
+            no attention mask: padding is attended to, counts as positions, and is noised like text, though not counted
+            in the loss. If `False`, what `attention_mask` hides has no effect on any other position.
         noise_schedule (`str` or `dict`, defaults to `"loglinear"`): `type` and parameters of the noise schedule that
             `labels` and `t` are understood by (see `diffusion.schedules`).
         time_law (`"uniform"` or `"importance"`), least_time (`float`, defaults to 1e-3), low_discrepancy (`bool`,

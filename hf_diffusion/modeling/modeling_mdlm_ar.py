@@ -18,8 +18,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_mdlm_ar import MDLMARConfig
+from .layers_mdlm import MDLMMLP, MDLMAttention, init_as_torch, init_zero
 from .loss import chunked_cross_entropy
-from .modeling_mdlm import MDLMMLP, MDLMAttention, init_as_torch, init_zero
 from .published_mdlm import register_published_layout
 
 
@@ -68,7 +68,7 @@ class MDLMARPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
     def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> None:
-        """As in transformers, but in our layout; `save_original_format=True` gives the one the weights were loaded from."""
+        """As in transformers, but in our layout; `save_original_format=True` gives the one they were loaded from."""
         super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
 
 
@@ -146,7 +146,7 @@ class MDLMARForCausalLM(MDLMARPreTrainedModel, GenerationMixin):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> CausalLMOutputWithPast:
         r"""
-        The causal convention of transformers: row n of the logits predicts token n + 1; the mask token is never predicted.
+        Row n of the logits predicts token n + 1, as transformers has it. The mask token is never predicted (-inf).
 
         Args:
             input_ids: long [batch, length].
@@ -156,7 +156,7 @@ class MDLMARForCausalLM(MDLMARPreTrainedModel, GenerationMixin):
             labels: long [batch, length], -100 for none. Gives `loss`, the mean negative log-likelihood of labels[1:] in
                 nats per token. The logits are then not returned.
             use_cache: return `past_key_values`.
-            logits_to_keep: compute the logits of the last so many positions, or of the positions in a tensor; 0 for all.
+            logits_to_keep: compute logits at the last so many positions, or at those in a tensor; 0 for all.
             output_hidden_states: return the residual stream before the first layer and after every layer.
             num_items_in_batch: divides the loss in place of the number of labels (set by `Trainer`).
         """
