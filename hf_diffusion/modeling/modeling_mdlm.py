@@ -24,7 +24,7 @@ from .published_mdlm import register_published_layout
 
 
 Modulations = tuple[torch.Tensor, ...]
-"""Shifts, scales and gates: [batch or 1, 1, 6 * hidden_size] of every layer, [.., 2 * hidden_size] of the final norm."""
+"""Shifts, scales and gates: [batch or 1, 1, 6 * hidden_size] of each layer, [.., 2 * hidden_size] of the final norm."""
 
 
 class MDLMPreTrainedModel(PreTrainedModel):
