@@ -270,6 +270,9 @@ def _read_config(
             "it was trained with `change_of_variables` and time conditioning, so its network reads the time in place "
             "of the noise level. That is not supported."
         )
+    for name in known if is_causal else ():
+        if name not in MDLMARConfig.__annotations__:
+            raise CheckpointError(f"it is of the autoregressive baseline, which has no `{name}`. Leave it out.")
     try:
         config = (MDLMARConfig if is_causal else MDLMConfig)(**known)
     except Exception as error:  # of several classes, `@strict` has its own

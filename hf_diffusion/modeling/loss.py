@@ -18,6 +18,7 @@ def chunked_cross_entropy(
     vocab_size: int,
     num_items_in_batch: torch.Tensor | int | None = None,
     max_logits: int = MAX_LOGITS,
+    *,
     weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Mean negative log-likelihood of `labels`, in nats per token.
