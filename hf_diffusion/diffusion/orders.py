@@ -110,11 +110,12 @@ def fill_order(
     real = torch.ones_like(to_fill) if attention_mask is None else attention_mask.to(torch.bool)
     given = real & ~to_fill
     block_index = torch.where(given, given.cumsum(-1) - 1, NEVER)
-    for row in range(to_fill.shape[0]):
-        fill = to_fill[row] & real[row]
-        count = int(fill.sum())
+    fill, num_given = real & to_fill, given.sum(dim=-1, keepdim=True)
+    counts = fill.sum(dim=-1)
+    for count in counts.unique().tolist():
+        rows = (counts == count)[:, None]
         if count:
-            block_index[row, fill] = given[row].sum() + steps(count).to(block_index.device)
+            block_index[fill & rows] = (num_given[rows[:, 0]] + steps(count).to(num_given.device)).flatten()
     return block_index
 
 
@@ -136,7 +137,8 @@ def shuffle_windows(length: int, window: int, generator: torch.Generator | None 
     Returns:
         Long tensor [length], a permutation.
     """
-    starts = range(0, length, max(window, 1))
+    window = max(window, 1)
+    starts = range(0, length, window)
     windows = [start + torch.randperm(min(window, length - start), generator=generator) for start in starts]
     return torch.cat(windows)
 

@@ -120,15 +120,15 @@ class DiffusionGenerationMixin(GenerationMixin):
         config = copy.deepcopy(
             DiffusionGenerationConfig.from_generation_config(generation_config or self.generation_config)
         )
+        defaults = DiffusionGenerationConfig._get_default_generation_params()
+        del defaults["max_length"]  # depends on the prompt
         config.update(**self.generation_config.to_dict(), defaults_only=True)
+        config.update(**defaults, defaults_only=True)
         # A length given in the call replaces one that the model's config carries in the other unit.
         for name, other in (("max_new_tokens", "max_length"), ("max_length", "max_new_tokens")):
             if kwargs.get(name) is not None and kwargs.get(other) is None:
                 setattr(config, other, None)
         config.update(**kwargs)
-        defaults = DiffusionGenerationConfig._get_default_generation_params()
-        if config.strategy is None:
-            config.strategy = defaults["strategy"]
         for name, value in config.to_dict().items():
             if name.startswith("_") or name in EFFECTIVE_FIELDS or value is None or value == defaults.get(name):
                 continue
@@ -138,9 +138,6 @@ class DiffusionGenerationMixin(GenerationMixin):
                 f"`{name}`={value!r} has no effect in {type(self).__name__}.generate, and nothing is ignored silently. "
                 "Leave it out."
             )
-        for name in ("do_sample", "num_return_sequences", "use_cache"):
-            if getattr(config, name) is None:
-                setattr(config, name, defaults[name])
         return config
 
     def _prepare_canvas(

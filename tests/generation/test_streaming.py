@@ -1,0 +1,79 @@
+"""transformers' own streamers on text that is drawn out of order."""
+
+import pytest
+import torch
+from families import FAMILIES
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, TextDiffusionStreamer, TextIteratorStreamer, TextStreamer
+
+
+PROMPT = torch.tensor([[1, 2, 3]])
+STRIDED = {"strategy": "strided", "num_streams": 3, "max_new_tokens": 8}
+
+
+@pytest.fixture
+def tokenizer():
+    vocabulary = {f"w{number}": number for number in range(23)} | {"<mask>": 23}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, mask_token="<mask>")
+
+
+class Recorder:
+    def __init__(self):
+        self.finished, self.drafts, self.ended = [], [], False
+
+    def put(self, value):
+        self.finished.append(value)
+
+    def end(self):
+        self.ended = True
+
+
+class DraftRecorder(Recorder):
+    def put_draft(self, value, **kwargs):
+        self.drafts.append(value.clone())
+
+
+def test_a_streamer_that_takes_drafts_sees_every_step():
+    model, streamer = FAMILIES["armd"].model(), DraftRecorder()
+    output = model.generate(PROMPT, streamer=streamer, return_dict_in_generate=True, **STRIDED)
+    assert len(streamer.drafts) == output.nfe == 3 + 3 - 1
+    mask = model.config.mask_token_id
+    assert [int((draft != mask).sum()) for draft in streamer.drafts] == [1, 2, 3, 6, 8]
+    for draft in streamer.drafts:
+        shown = draft != mask
+        assert torch.equal(draft[shown], output.sequences[:, 3:][shown])
+    assert torch.equal(torch.cat(streamer.finished, dim=1), output.sequences)
+    assert streamer.ended
+
+
+def test_a_streamer_without_drafts_gets_the_text_in_reading_order():
+    model, streamer = FAMILIES["armd"].model(), Recorder()
+    sequences = model.generate(PROMPT, streamer=streamer, **STRIDED)
+    assert [part.shape[1] for part in streamer.finished] == [3, 1, 1, 6]
+    assert torch.equal(torch.cat(streamer.finished, dim=1), sequences)
+    assert streamer.ended
+
+
+def test_infilling_is_streamed_from_the_first_gap():
+    model, streamer = FAMILIES["armd"].model(), Recorder()
+    canvas = torch.tensor([[1, 23, 3, 23, 5, 6]])
+    sequences = model.generate(canvas, streamer=streamer)
+    assert [part.shape[1] for part in streamer.finished] == [1, 2, 3]
+    assert torch.equal(torch.cat(streamer.finished, dim=1), sequences)
+
+
+@pytest.mark.parametrize("streamer_class", [TextStreamer, TextDiffusionStreamer])
+def test_printed_text_ends_with_the_decoded_sequence(streamer_class, tokenizer, capsys):
+    sequences = FAMILIES["armd"].model().generate(PROMPT, streamer=streamer_class(tokenizer), **STRIDED)
+    printed = capsys.readouterr().out
+    assert printed.strip().endswith(tokenizer.decode(sequences[0])[-20:])
+    if streamer_class is TextDiffusionStreamer:
+        assert "<mask>" in printed
+
+
+def test_iterator_streamer_yields_the_text(tokenizer):
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=False, timeout=10)
+    sequences = FAMILIES["armd"].model().generate(PROMPT, streamer=streamer, **STRIDED)
+    assert "".join(streamer).split() == tokenizer.decode(sequences[0]).split()

@@ -1,0 +1,243 @@
+"""The suite that every family passes: what a user of transformers takes for granted."""
+
+import copy
+
+import pytest
+import torch
+from families import FAMILIES
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, Trainer, TrainingArguments
+
+from hf_diffusion import DiffusionGenerationConfig
+
+
+CASES = [(name, strategy) for name, family in FAMILIES.items() for strategy in family.strategies]
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return FAMILIES[request.param]
+
+
+def text(batch, length, vocab_size=23):
+    return torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(2))
+
+
+def seeded():
+    return torch.Generator().manual_seed(3)
+
+
+class TestModel:
+    def test_loss_is_the_mean_of_the_logits_cross_entropy_in_nats(self, family):
+        model, ids = family.model(torch.float64), text(2, 9)
+        output = model(ids, labels=ids)
+        chosen = output.logits.log_softmax(-1).gather(-1, ids[..., None])
+        torch.testing.assert_close(output.loss, -chosen.mean())
+
+    def test_labels_of_minus_100_do_not_count(self, family):
+        model, ids = family.model(torch.float64), text(2, 9)
+        labels = ids.clone()
+        labels[:, 4:] = -100
+        expected = -model(ids).logits.log_softmax(-1).gather(-1, ids[..., None])[:, :4].mean()
+        torch.testing.assert_close(model(ids, labels=labels).loss, expected)
+
+    def test_loss_in_chunks_has_the_same_value_and_gradient(self, family, monkeypatch):
+        from hf_diffusion.modeling import loss
+
+        gradients = []
+        for max_logits in (loss.MAX_LOGITS, 5 * 23):
+            monkeypatch.setattr(loss.chunked_cross_entropy, "__defaults__", (None, max_logits))
+            model = family.model(torch.float64)
+            value = model(text(2, 9), labels=text(2, 9)).loss
+            value.backward()
+            gradients.append([value, *(weight.grad for weight in model.parameters())])
+        torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
+
+    def test_num_items_in_batch_divides_the_sum(self, family):
+        model, ids = family.model(torch.float64), text(2, 9)
+        mean = model(ids, labels=ids).loss
+        torch.testing.assert_close(model(ids, labels=ids, num_items_in_batch=36).loss, mean / 2)
+
+    def test_training_returns_no_logits_with_labels(self, family):
+        model, ids = family.model().train(), text(2, 9)
+        assert model(ids, labels=ids).logits is None
+        assert model(ids).logits.shape == (2, 9, 23)
+
+    def test_every_parameter_is_trained(self, family):
+        model, ids = family.model().train(), text(2, 9)
+        # An order in which some left neighbours are unknown, so that nothing is left out.
+        order = torch.arange(9).flip(0).expand(2, 9)
+        model(ids, labels=ids, block_index=order).loss.backward()
+        model(ids, labels=ids).loss.backward()
+        assert not [name for name, weight in model.named_parameters() if weight.grad is None or not weight.grad.any()]
+
+    def test_gradient_checkpointing_changes_nothing(self, family):
+        gradients = []
+        for checkpointing in (False, True):
+            model, ids = family.model(torch.float64).train(), text(2, 9)
+            if checkpointing:
+                model.gradient_checkpointing_enable()
+            model(ids, labels=ids).loss.backward()
+            gradients.append([weight.grad for weight in model.parameters()])
+        torch.testing.assert_close(*gradients)
+
+    @pytest.mark.slow
+    def test_torch_compile_of_training_changes_nothing(self, family):
+        model, ids = family.model().train(), text(2, 9)
+        expected = model(ids, labels=ids).loss
+        expected.backward()
+        gradients = [weight.grad for weight in model.parameters()]
+        model.zero_grad()
+        loss = torch.compile(model)(ids, labels=ids).loss
+        loss.backward()
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close([weight.grad for weight in model.parameters()], gradients, rtol=1e-3, atol=1e-5)
+
+    def test_bfloat16_is_close_to_float32(self, family):
+        model, ids = family.model(), text(2, 9)
+        exact = model(ids).logits
+        rounded = copy.deepcopy(model).to(torch.bfloat16)(ids).logits
+        assert rounded.dtype == torch.bfloat16
+        # bfloat16 keeps 8 bits: a hundredth of the spread per rounding, over four layers.
+        assert (rounded.float() - exact).abs().max() < 0.05 * exact.std() * 4
+
+    def test_attention_mask_of_ones_changes_nothing(self, family):
+        model, ids = family.model(torch.float64), text(2, 9)
+        torch.testing.assert_close(model(ids, attention_mask=torch.ones_like(ids)).logits, model(ids).logits)
+
+    @pytest.mark.parametrize("side", ["left", "right", "inside"])
+    def test_padding_changes_nothing(self, family, side):
+        model, ids = family.model(torch.float64), text(1, 9)
+        kept = {"left": range(3, 12), "right": range(9), "inside": [0, 1, 4, 5, 6, 7, 9, 10, 11]}[side]
+        padded, mask = torch.full((2, 12), 7), torch.zeros(2, 12, dtype=torch.long)
+        padded[0, list(kept)], mask[0, list(kept)] = ids[0], 1
+        padded[1], mask[1] = text(1, 12)[0], 1
+        logits = model(padded, attention_mask=mask).logits[0, list(kept)]
+        torch.testing.assert_close(logits, model(ids).logits[0])
+
+    def test_resized_and_tied_embeddings_stay_tied(self, family):
+        model = family.model()
+        assert model.lm_head.weight is model.get_input_embeddings().weight
+        assert family.model(tie_word_embeddings=False).lm_head.weight is not model.get_input_embeddings().weight
+
+
+class TestLoading:
+    @pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForMaskedLM])
+    def test_saved_model_comes_back_bit_for_bit(self, family, auto_class, tmp_path):
+        model, ids = family.model(), text(2, 9)
+        model.generation_config = DiffusionGenerationConfig(strategy="strided", num_streams=2)
+        model.save_pretrained(tmp_path)
+        loaded = auto_class.from_pretrained(tmp_path)
+        assert type(loaded) is family.model_class
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+        assert type(loaded.generation_config) is DiffusionGenerationConfig
+        assert (loaded.generation_config.strategy, loaded.generation_config.num_streams) == ("strided", 2)
+
+    def test_config_comes_back(self, family, tmp_path):
+        config = family.config(num_hidden_layers=3)
+        config.save_pretrained(tmp_path)
+        assert AutoConfig.from_pretrained(tmp_path).to_json_string() == config.to_json_string()
+
+    def test_special_tokens_of_the_config_reach_generation(self, family):
+        assert family.model(eos_token_id=3, pad_token_id=4).generation_config.eos_token_id == 3
+
+
+@pytest.mark.parametrize(("name", "strategy"), CASES, ids=[f"{name}-{s['strategy']}" for name, s in CASES])
+class TestGenerate:
+    def model(self, name, **overrides):
+        return FAMILIES[name].model(torch.float64, **overrides)
+
+    def test_given_tokens_stay_and_no_mask_is_left(self, name, strategy):
+        model = self.model(name)
+        prompt = text(3, 8)
+        masked = torch.zeros(3, 8, dtype=torch.bool)
+        masked[0, [1, 2, 3, 6]], masked[1, [0, 1, 4]], masked[2, 3:] = True, True, True
+        prompt[masked] = model.config.mask_token_id
+        output = model.generate(prompt, max_new_tokens=5, **strategy)
+        assert output.shape == (3, 13)
+        assert torch.equal(output[:, :8][~masked], prompt[~masked])
+        assert bool((output < 23).all())
+
+    def test_same_seed_same_text_for_any_split_of_a_batch(self, name, strategy):
+        model, prompt = self.model(name), text(4, 6)
+        whole = model.generate(prompt, max_new_tokens=7, generator=seeded(), **strategy)
+        generator = seeded()
+        parts = [
+            model.generate(part, max_new_tokens=7, generator=generator, **strategy) for part in prompt.split([1, 3])
+        ]
+        assert torch.equal(whole, torch.cat(parts))
+        assert not torch.equal(whole, model.generate(prompt, max_new_tokens=7, **strategy))
+
+    def test_cache_changes_nothing(self, name, strategy):
+        model, prompt = self.model(name), text(2, 6)
+        mask = torch.ones_like(prompt)
+        mask[0, :2] = 0
+        arguments = {"attention_mask": mask, "max_new_tokens": 9, **strategy}
+        with_cache = model.generate(prompt, generator=seeded(), **arguments)
+        assert torch.equal(with_cache, model.generate(prompt, generator=seeded(), use_cache=False, **arguments))
+
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_padded_prompt_gives_the_text_of_the_prompt_alone(self, name, strategy, side):
+        model, prompt = self.model(name), text(1, 6)
+        alone = model.generate(prompt, max_new_tokens=7, do_sample=False, **strategy)
+        padding = (3, 0) if side == "left" else (0, 3)
+        padded = torch.nn.functional.pad(prompt, padding, value=9)
+        mask = torch.nn.functional.pad(torch.ones_like(prompt), padding)
+        batch, masks = torch.cat([padded, text(1, 9)]), torch.cat([mask, torch.ones(1, 9, dtype=torch.long)])
+        output = model.generate(batch, attention_mask=masks, max_new_tokens=7, do_sample=False, **strategy)
+        assert torch.equal(output[0, -7:], alone[0, -7:])
+
+    def test_greedy_takes_the_most_likely_token_of_every_position(self, name, strategy):
+        model, prompt = self.model(name), text(2, 4)
+        output = model.generate(prompt, max_new_tokens=9, do_sample=False, return_dict_in_generate=True, **strategy)
+        steps = output.steps[:, 4:]
+        order = torch.cat([torch.arange(4).expand(2, 4), steps + 4], dim=1)
+        logits = model(output.sequences, block_index=order).logits
+        assert torch.equal(logits[:, 4:].argmax(-1), output.sequences[:, 4:])
+
+    def test_top_k_of_one_is_greedy(self, name, strategy):
+        model, prompt = self.model(name), text(2, 4)
+        greedy = model.generate(prompt, max_new_tokens=9, do_sample=False, **strategy)
+        assert torch.equal(greedy, model.generate(prompt, max_new_tokens=9, top_k=1, **strategy))
+        assert torch.equal(greedy, model.generate(prompt, max_new_tokens=9, top_p=1e-6, **strategy))
+        assert torch.equal(greedy, model.generate(prompt, max_new_tokens=9, temperature=1e-4, **strategy))
+
+    def test_several_sequences_for_a_prompt(self, name, strategy):
+        model, prompt = self.model(name), text(2, 4)
+        output = model.generate(prompt, max_new_tokens=9, num_return_sequences=3, **strategy)
+        assert torch.equal(output[:, :4], prompt.repeat_interleave(3, dim=0))
+        assert not torch.equal(output[0], output[1])
+
+    def test_nothing_follows_the_end_token(self, name, strategy):
+        model, arguments = self.model(name, eos_token_id=5, pad_token_id=6), {"max_new_tokens": 12, "temperature": 3.0}
+        output = model.generate(
+            text(20, 3), attention_mask=torch.ones(20, 3), return_dict_in_generate=True, **arguments, **strategy
+        )
+        new = output.sequences[:, 3:]
+        for row, tokens_per_forward in zip(new.tolist(), output.tokens_per_forward, strict=True):
+            kept = row.index(5) + 1 if 5 in row else len(row)
+            assert all(token == 6 for token in row[kept:])
+            assert float(tokens_per_forward) == pytest.approx(kept / output.nfe)
+        assert (new == 5).any()
+
+    def test_text_from_nothing(self, name, strategy):
+        assert self.model(name).generate(max_new_tokens=6, **strategy).shape == (1, 6)
+
+    def test_full_text_is_left_as_it_is(self, name, strategy):
+        model, prompt = self.model(name), text(2, 20)
+        output = model.generate(prompt, max_length=20, return_dict_in_generate=True, **strategy)
+        assert torch.equal(output.sequences, prompt)
+        assert output.nfe == 0
+
+
+def test_trainer_lowers_the_loss(family, tmp_path):
+    model, texts = family.model(), text(1, 12).expand(64, 12)
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(tmp_path), max_steps=20, learning_rate=3e-3, report_to=[], use_cpu=True, disable_tqdm=True
+        ),
+        train_dataset=[{"input_ids": row, "labels": row} for row in texts],
+    )
+    before = model(texts[:1], labels=texts[:1]).loss
+    trainer.train()
+    assert model(texts[:1], labels=texts[:1]).loss < 0.5 * before
