@@ -4,8 +4,8 @@ Time runs from 0 (the text) to 1 (all masks). `alpha(t)` is the probability that
 `sigma(t) = -log alpha(t)` the noise level in nats. A network that is conditioned on noise reads `sigma`, never `t`; the
 two are told apart by name everywhere.
 
-The functions keep the dtype of their argument. None of them subtracts alpha from 1, so small probabilities keep their
-digits in float32, and float64 comes out as float64.
+The functions keep the dtype of their argument. None of them subtracts an alpha close to 1 from 1, so that small
+probabilities of a mask keep their digits in float32.
 """
 
 import math

@@ -20,6 +20,10 @@ NUM_SINUSOIDS = 256
 """Width of the sinusoidal code of the noise level."""
 
 
+class ZeroLinear(nn.Linear):
+    """A linear map that starts at zero; a class of its own, as transformers initialises module by module."""
+
+
 class NoiseEmbedding(nn.Module):
     """The noise level as a vector: sinusoids of sigma, cosines first, and two linear maps."""
 
@@ -34,7 +38,9 @@ class NoiseEmbedding(nn.Module):
         steps = torch.arange(half, device=sigma.device, dtype=torch.float32)
         angles = sigma.float()[:, None] * torch.exp(-math.log(10000) / half * steps)
         code = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.in_proj.weight.dtype)
-        return F.silu(self.out_proj(F.silu(self.in_proj(code))))
+        # In full precision also under autocast, as published: an error here shifts the whole network.
+        with torch.autocast(sigma.device.type, enabled=False):
+            return F.silu(self.out_proj(F.silu(self.in_proj(code))))
 
 
 class MDLMAttention(nn.Module):
@@ -116,7 +122,7 @@ class MDLMLayer(GradientCheckpointingLayer):
         self.self_attn = MDLMAttention(config, layer_idx)
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=False)
         self.mlp = MDLMMLP(config)
-        self.modulation = nn.Linear(config.conditioning_size, 6 * config.hidden_size)
+        self.modulation = ZeroLinear(config.conditioning_size, 6 * config.hidden_size)
         self.dropout = nn.Dropout(config.residual_dropout)
 
     def forward(
@@ -155,17 +161,16 @@ def take_rows(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return states.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, states.shape[-1]))
 
 
-def init_as_torch(module: nn.Module) -> bool:
-    """Initialise linear maps and embeddings uniformly, as torch does. False if `module` is neither."""
-    if not isinstance(module, nn.Linear | nn.Embedding):
+def init_linear(module: nn.Module) -> bool:
+    """Initialise linear maps and embeddings as published, uniformly or at zero. False if `module` is neither."""
+    if isinstance(module, ZeroLinear):
+        init.zeros_(module.weight)
+        init.zeros_(module.bias)
+    elif isinstance(module, nn.Linear | nn.Embedding):
+        init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            bound = module.in_features**-0.5
+            init.uniform_(module.bias, -bound, bound)
+    else:
         return False
-    init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        bound = module.in_features**-0.5
-        init.uniform_(module.bias, -bound, bound)
     return True
-
-
-def init_zero(module: nn.Linear) -> None:
-    init.zeros_(module.weight)
-    init.zeros_(module.bias)

@@ -17,7 +17,7 @@ from ..diffusion.masking import NoisedText, draw_noised_text
 from ..generation.mixin import DiffusionGenerationMixin
 from .configuration_mdlm import MDLMConfig
 from .inputs_mdlm import check_text, read_noise_level
-from .layers_mdlm import MDLMLayer, NoiseEmbedding, init_as_torch, init_zero, modulate, take_rows
+from .layers_mdlm import MDLMLayer, NoiseEmbedding, ZeroLinear, init_linear, modulate, take_rows
 from .loss import chunked_cross_entropy
 from .outputs import MaskedDiffusionOutput, QueryModelOutput
 from .published_mdlm import register_published_layout
@@ -41,13 +41,7 @@ class MDLMPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """As published: a fresh layer passes its input on, and a fresh model finds all tokens equally likely."""
-        if isinstance(module, MDLMLayer):
-            init_zero(module.modulation)
-        elif isinstance(module, MDLMModel):
-            init_zero(module.final_modulation)
-        elif isinstance(module, MDLMForMaskedDiffusion):
-            init_zero(module.lm_head)
-        elif not init_as_torch(module):
+        if not init_linear(module):
             super()._init_weights(module)
 
     @property
@@ -69,7 +63,7 @@ class MDLMModel(MDLMPreTrainedModel):
         self.noise_embedding = NoiseEmbedding(config)
         self.layers = nn.ModuleList([MDLMLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=False)
-        self.final_modulation = nn.Linear(config.conditioning_size, 2 * config.hidden_size)
+        self.final_shift_scale = ZeroLinear(config.conditioning_size, 2 * config.hidden_size)
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -85,7 +79,7 @@ class MDLMModel(MDLMPreTrainedModel):
             sigma, t: as in `MDLMForMaskedDiffusion.forward`.
         """
         conditioning = self.noise_embedding(read_noise_level(self.config, sigma, t, self.embed_tokens.weight.device))
-        modules: list[Any] = [*(layer.modulation for layer in self.layers), self.final_modulation]
+        modules: list[Any] = [*(layer.modulation for layer in self.layers), self.final_shift_scale]
         return tuple(module(conditioning)[:, None] for module in modules)
 
     @can_return_tuple
@@ -142,7 +136,7 @@ class MDLMModel(MDLMPreTrainedModel):
 
         earlier, last = states_of_layers[:-1], states_of_layers[-1]
         last = last if last_rows is not None else answer(last)
-        shift_scale = modulations[-1] if modulations is not None else self.final_modulation(conditioning)[:, None]
+        shift_scale = modulations[-1] if modulations is not None else self.final_shift_scale(conditioning)[:, None]
         return QueryModelOutput(
             last_hidden_state=modulate(self.norm(last), *shift_scale.chunk(2, dim=-1)),
             hidden_states=(*map(answer, earlier), last) if output_hidden_states else None,
@@ -157,7 +151,7 @@ class MDLMForMaskedDiffusion(MDLMPreTrainedModel, DiffusionGenerationMixin):
     def __init__(self, config: MDLMConfig) -> None:
         super().__init__(config)
         self.model = MDLMModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.lm_head = ZeroLinear(config.hidden_size, config.vocab_size)
         self.post_init()
 
     @can_return_tuple
@@ -209,7 +203,14 @@ class MDLMForMaskedDiffusion(MDLMPreTrainedModel, DiffusionGenerationMixin):
                 if value is not None:
                     raise ValueError(f"`{name}` has no effect without `labels`. Leave it out, or pass `labels`.")
             outputs = self.model(
-                input_ids, attention_mask, sigma, t, modulations, query_positions, output_hidden_states
+                input_ids,
+                attention_mask,
+                sigma,
+                t,
+                modulations,
+                query_positions,
+                output_hidden_states,
+                return_dict=True,
             )
             return MaskedDiffusionOutput(
                 logits=self._logits(outputs.last_hidden_state), hidden_states=outputs.hidden_states
@@ -229,6 +230,7 @@ class MDLMForMaskedDiffusion(MDLMPreTrainedModel, DiffusionGenerationMixin):
             attention_mask,
             sigma=noised.sigma if self.config.time_conditioning else None,
             output_hidden_states=output_hidden_states,
+            return_dict=True,
         )
         loss = chunked_cross_entropy(
             outputs.last_hidden_state,

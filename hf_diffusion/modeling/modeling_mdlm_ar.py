@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_mdlm_ar import MDLMARConfig
-from .layers_mdlm import MDLMMLP, MDLMAttention, init_as_torch, init_zero
+from .layers_mdlm import MDLMMLP, MDLMAttention, ZeroLinear, init_linear
 from .loss import chunked_cross_entropy
 from .published_mdlm import register_published_layout
 
@@ -62,9 +62,7 @@ class MDLMARPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, MDLMARForCausalLM):
-            init_zero(module.lm_head)
-        elif not init_as_torch(module):
+        if not init_linear(module):
             super()._init_weights(module)
 
     def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> None:
@@ -129,7 +127,7 @@ class MDLMARForCausalLM(MDLMARPreTrainedModel, GenerationMixin):
     def __init__(self, config: MDLMARConfig) -> None:
         super().__init__(config)
         self.model = MDLMARModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.lm_head = ZeroLinear(config.hidden_size, config.vocab_size)
         self.post_init()
 
     @can_return_tuple
@@ -160,7 +158,9 @@ class MDLMARForCausalLM(MDLMARPreTrainedModel, GenerationMixin):
             output_hidden_states: return the residual stream before the first layer and after every layer.
             num_items_in_batch: divides the loss in place of the number of labels (set by `Trainer`).
         """
-        outputs = self.model(input_ids, attention_mask, position_ids, past_key_values, use_cache, output_hidden_states)
+        outputs = self.model(
+            input_ids, attention_mask, position_ids, past_key_values, use_cache, output_hidden_states, return_dict=True
+        )
         hidden_states, loss, logits = outputs.last_hidden_state, None, None
         if labels is not None:
             loss = chunked_cross_entropy(

@@ -20,7 +20,7 @@ def _renamings() -> list[WeightRenaming | WeightConverter]:
         WeightRenaming(r"^backbone\.sigma_map\.mlp\.0\.", "model.noise_embedding.in_proj."),
         WeightRenaming(r"^backbone\.sigma_map\.mlp\.2\.", "model.noise_embedding.out_proj."),
         WeightRenaming(r"^backbone\.output_layer\.norm_final\.", "model.norm."),
-        WeightRenaming(r"^backbone\.output_layer\.adaLN_modulation\.", "model.final_modulation."),
+        WeightRenaming(r"^backbone\.output_layer\.adaLN_modulation\.", "model.final_shift_scale."),
         WeightRenaming(r"^backbone\.output_layer\.linear\.", "lm_head."),
         WeightRenaming(r"^backbone\.rotary_emb\.", "model.rotary_emb."),
         WeightRenaming(r"^backbone\.blocks\.", "model.layers."),
