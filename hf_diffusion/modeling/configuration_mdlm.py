@@ -50,6 +50,7 @@ class MDLMConfig(PreTrainedConfig):
         time_law (`"uniform"` or `"importance"`), least_time (`float`, defaults to 1e-3), low_discrepancy (`bool`,
             defaults to `True`), num_timesteps (`int`, *optional*): how training times are drawn (see
             `diffusion.masking.TimeSampling`). The defaults are those of the published models.
+        tie_word_embeddings (`bool`, defaults to `False`): share input and output embeddings. No published model does.
         mask_token_id (`int`, *optional*): id of the mask token; `vocab_size - 1` if not given, as in all models whose
             tokenizer brings no mask token of its own.
     """

@@ -146,6 +146,7 @@ class MDLMModel(MDLMPreTrainedModel):
 class MDLMForMaskedDiffusion(MDLMPreTrainedModel, DiffusionGenerationMixin):
     """MDLM with its language-model head: what masks hide, and a bound on the likelihood of a text."""
 
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     accepts_loss_kwargs = True
 
     def __init__(self, config: MDLMConfig) -> None:

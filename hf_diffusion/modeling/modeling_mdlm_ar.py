@@ -122,6 +122,7 @@ class MDLMARModel(MDLMARPreTrainedModel):
 class MDLMARForCausalLM(MDLMARPreTrainedModel, GenerationMixin):
     """The baseline with its language-model head."""
 
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     accepts_loss_kwargs = True
 
     def __init__(self, config: MDLMARConfig) -> None:

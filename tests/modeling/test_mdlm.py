@@ -235,6 +235,11 @@ class TestWeights:
             torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True)
         )
 
+    def test_embeddings_are_tied_on_request(self):
+        model = tiny(tie_word_embeddings=True)
+        assert model.lm_head.weight is model.get_input_embeddings().weight
+        assert tiny().lm_head.weight is not tiny().get_input_embeddings().weight
+
     def test_a_fresh_model_finds_all_tokens_equally_likely(self):
         model = MDLMForMaskedDiffusion(tiny().config).eval()
         logits = model(text(2, 6, masked=0.5)).logits
@@ -467,6 +472,18 @@ class TestObjective:
             gradients.append([weight.grad for weight in model.parameters()])
         assert all(bool(gradient.any()) for gradient in gradients[0])
         torch.testing.assert_close(*gradients)
+
+    def test_compiled_training_has_the_same_loss_and_gradients(self):
+        results = []
+        for compiled in (False, True):
+            model, ids = tiny().train(), text(3, 9)
+            noised = NoisedText(text(3, 9, masked=0.5), torch.tensor([1.0, 2.0, torch.inf]), torch.ones(3))
+            noised.input_ids[2] = ids[2]  # nothing is masked, so its weight must not count
+            run = torch.compile(model, backend="aot_eager") if compiled else model
+            loss = run(ids, labels=ids, noised=noised).loss
+            loss.backward()
+            results.append([loss.detach(), *(weight.grad for weight in model.parameters())])
+        torch.testing.assert_close(*results)
 
     def test_num_items_in_batch_divides_the_sum(self):
         model, ids = tiny(), text(2, 9)
