@@ -12,6 +12,7 @@ from .modeling.configuration_mdlm_ar import MDLMARConfig
 from .modeling.modeling_armd import ARMDForMaskedDiffusion
 from .modeling.modeling_mdlm import MDLMForMaskedDiffusion
 from .modeling.modeling_mdlm_ar import MDLMARForCausalLM
+from .modeling.packed_linear import pack_linear_layers, unpack_linear_layers
 
 
 __version__ = "0.1.0"
@@ -26,6 +27,8 @@ __all__ = [
     "MDLMConfig",
     "MDLMForMaskedDiffusion",
     "__version__",
+    "pack_linear_layers",
+    "unpack_linear_layers",
 ]
 
 register()

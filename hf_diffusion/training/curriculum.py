@@ -80,7 +80,8 @@ class OrderCollator:
     share a batch draw what one would.
 
     Args:
-        curriculum: None for left to right. Examples that bring a `block_index` keep it.
+        curriculum: None for left to right. Examples that bring a `block_index` keep it, and do not count as a step: a
+            Trainer evaluates with the same collator, so evaluation data should bring theirs.
         seed: of the orders.
         batches_per_step: batches that one process takes for an optimiser step (`gradient_accumulation_steps`).
     """
@@ -97,7 +98,6 @@ class OrderCollator:
         self.first_batch, self.batches = step * self.batches_per_step, 0
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        step = self._next_step()
         texts = [torch.as_tensor(example["input_ids"], dtype=torch.long) for example in examples]
         input_ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
         lengths = torch.tensor([len(text) for text in texts])
@@ -105,13 +105,14 @@ class OrderCollator:
         batch = {"input_ids": input_ids, "labels": input_ids.masked_fill(~is_text, -100)}
         if not bool(is_text.all()):
             batch["attention_mask"] = is_text.long()
-        blocks = [self._blocks(example, text, step) for example, text in zip(examples, texts, strict=True)]
-        if blocks[0] is not None:
-            batch["block_index"] = torch.nn.utils.rnn.pad_sequence(
-                blocks,  # type: ignore[arg-type]
-                batch_first=True,
-                padding_value=orders.NEVER,
-            )
+        if "block_index" in examples[0]:
+            blocks = [torch.as_tensor(example["block_index"], dtype=torch.long) for example in examples]
+        elif self.curriculum is not None:
+            step = self._next_step()
+            blocks = [self._draw(self.curriculum, text, step) for text in texts]
+        else:
+            return batch
+        batch["block_index"] = torch.nn.utils.rnn.pad_sequence(blocks, batch_first=True, padding_value=orders.NEVER)
         return batch
 
     def _next_step(self) -> int:
@@ -122,14 +123,10 @@ class OrderCollator:
             batch = batch * worker.num_workers + worker.id
         return (self.first_batch + batch) // self.batches_per_step
 
-    def _blocks(self, example: dict[str, Any], text: torch.Tensor, step: int) -> torch.Tensor | None:
-        if "block_index" in example:
-            return torch.as_tensor(example["block_index"], dtype=torch.long)
-        if self.curriculum is None:
-            return None
+    def _draw(self, curriculum: OrderCurriculum, text: torch.Tensor, step: int) -> torch.Tensor:
         of_step = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {step}".encode()))
         of_text = torch.Generator().manual_seed(zlib.crc32(text.numpy().tobytes(), self.seed + step))
-        return self.curriculum.draw(len(text), step, of_step, of_text)
+        return curriculum.draw(len(text), step, of_step, of_text)
 
 
 class CurriculumCallback(TrainerCallback):

@@ -55,6 +55,7 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenize
         eos_token=END_OF_TEXT,
         pad_token=END_OF_TEXT,
         mask_token=MASK,
+        model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
     )
 

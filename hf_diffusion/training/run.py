@@ -13,7 +13,7 @@ from ..modeling.configuration_armd import ARMDConfig
 from ..modeling.modeling_armd import ARMDForMaskedDiffusion
 from .curriculum import CurriculumCallback, OrderCollator, OrderCurriculum
 from .curves import LossCurveCallback
-from .data import TokenBlocks, load_text, tokenize, train_tokenizer
+from .data import MASK, TokenBlocks, load_text, tokenize, train_tokenizer
 from .ema import EMACallback
 
 
@@ -138,12 +138,12 @@ def train(settings: TrainingSettings) -> dict[str, Any]:
     training_text, validation_text = _split(documents, settings.validation_fraction)
     if settings.tokenizer is None:
         tokenizer = train_tokenizer(training_text, settings.vocab_size)
-        vocab_size = settings.vocab_size
     else:
         tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer)
-        vocab_size = len(tokenizer) - (tokenizer.mask_token_id == len(tokenizer) - 1)
-    if settings.family == "armd" and tokenizer.mask_token_id is None:
-        tokenizer.add_special_tokens({"mask_token": "<|mask|>"})
+        if tokenizer.mask_token_id is None:
+            tokenizer.add_special_tokens({"mask_token": MASK})
+    # A mask symbol that comes last needs no row in the embedding.
+    vocab_size = len(tokenizer) - (tokenizer.mask_token_id == len(tokenizer) - 1)
     tokens, validation_tokens = tokenize(training_text, tokenizer), tokenize(validation_text, tokenizer)
     data = TokenBlocks(tokens, settings.block_length)
     validation = TokenBlocks(validation_tokens, settings.block_length)

@@ -10,8 +10,8 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenize
 
 from hf_diffusion import MDLMForMaskedDiffusion
 from hf_diffusion.cli import main
-from hf_diffusion.conversion.checkpoint_reader import CheckpointError, read_checkpoint, to_plain
-from hf_diffusion.conversion.mdlm import convert_mdlm_checkpoint, load_mdlm_checkpoint
+from hf_diffusion.conversion import CheckpointError, convert_mdlm_checkpoint, load_mdlm_checkpoint, read_checkpoint
+from hf_diffusion.conversion.checkpoint_reader import to_plain
 from hf_diffusion.diffusion.masking import NoisedText
 
 

@@ -235,6 +235,15 @@ class TestWeights:
             torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True)
         )
 
+    @pytest.mark.parametrize(
+        ("width", "layers", "heads", "parameters"),
+        [(512, 8, 8, 80_061_266), (768, 12, 12, 169_627_218), (1024, 24, 16, 424_477_010)],
+    )
+    def test_the_published_sizes_have_their_number_of_parameters(self, width, layers, heads, parameters):
+        with torch.device("meta"):
+            model = MDLMForMaskedDiffusion(MDLMConfig(hidden_dim=width, n_blocks=layers, n_heads=heads))
+        assert model.num_parameters() == parameters
+
     def test_embeddings_are_tied_on_request(self):
         model = tiny(tie_word_embeddings=True)
         assert model.lm_head.weight is model.get_input_embeddings().weight

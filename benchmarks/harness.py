@@ -1,0 +1,68 @@
+"""Timing side by side: every case in turn, several rounds, the best of each; then a table and a JSON file."""
+
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+
+def best_seconds(cases: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Shortest wall-clock seconds of each case. Rounds are interleaved, so that a slow minute hits all cases alike."""
+    best = dict.fromkeys(cases, float("inf"))
+    for case in cases.values():
+        case()  # warm-up: allocations, kernels chosen at the first call
+    for _ in range(rounds):
+        for name, case in cases.items():
+            start = time.perf_counter()
+            case()
+            best[name] = min(best[name], time.perf_counter() - start)
+    return best
+
+
+def environment() -> dict[str, Any]:
+    """What the figures depend on besides the code."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "commit": commit or None,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "machine": platform.machine(),
+    }
+
+
+def read_bandwidth() -> float:
+    """Bytes per second at which this machine reads a large tensor: the floor under every pass over the weights."""
+    weights = torch.ones(2**26)
+    seconds = best_seconds({"sum": weights.sum}, rounds=5)["sum"]
+    return weights.numel() * weights.element_size() / seconds
+
+
+def matmul_rate(dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a large matrix product."""
+    left, right = torch.ones(1024, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+    seconds = best_seconds({"product": lambda: left @ right}, rounds=5)["product"]
+    return 2 * 1024**3 / seconds
+
+
+def report(title: str, columns: list[str], rows: list[list[Any]], json_path: Path | None, **extra: Any) -> None:
+    """Print a table, and write it with the environment as JSON if a path is given."""
+    cells = [columns, *([f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[index]) for row in cells) for index in range(len(columns))]
+    print(f"\n{title}")
+    for name, *values in cells:
+        padded = [value.rjust(width) for value, width in zip(values, widths[1:], strict=True)]
+        print("  ".join([name.ljust(widths[0]), *padded]))
+    if json_path is not None:
+        table = [dict(zip(columns, row, strict=True)) for row in rows]
+        entries = json.loads(json_path.read_text()) if json_path.exists() else []
+        json_path.write_text(
+            json.dumps([*entries, {"title": title, **environment(), **extra, "table": table}], indent=2)
+        )
