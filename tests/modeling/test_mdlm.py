@@ -351,6 +351,20 @@ class TestReading:
         for one, other in zip(asked.hidden_states, whole.hidden_states, strict=True):
             torch.testing.assert_close(one[asked_rows], other[rows, positions])
 
+    @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+    def test_a_mask_of_ones_own_decides_who_reads_whom(self, implementation):
+        model, ids = tiny(attn_implementation=implementation), text(2, 6, masked=0.4)
+        mask = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
+        if implementation == "eager":
+            mask = torch.zeros(2, 1, 6, 6, dtype=torch.float64).masked_fill(~mask, -1e9)
+        changed = ids.clone()
+        changed[:, 4] = (changed[:, 4] + 1) % 11
+        logits = model(ids, attention_mask=mask).logits
+        different = (logits != model(changed, attention_mask=mask).logits).any(-1)
+        assert not bool(different[:, :4].any()) and bool(different[:, 4:].all())
+        asked = model(ids, attention_mask=mask, query_positions=torch.tensor([[5, 1], [0, 3]])).logits
+        torch.testing.assert_close(asked, torch.stack([logits[0, [5, 1]], logits[1, [0, 3]]]), rtol=1e-5, atol=1e-5)
+
     @pytest.mark.parametrize(
         ("ids", "arguments", "message"),
         [
