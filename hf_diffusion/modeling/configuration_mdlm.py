@@ -103,9 +103,14 @@ class MDLMConfig(PreTrainedConfig):
         validate_heads(self)
 
     def validate_noise(self) -> None:
-        """Raise ValueError for a noise schedule or a law of times that is none (called by `@strict`)."""
+        """Raise ValueError for a noise schedule or a law of times that is none, or not for this model (`@strict`)."""
         self.make_schedule()
         self.make_time_sampling()
+        if self.time_conditioning and describe_schedule(self.make_schedule()).get("epsilon") == 0:
+            raise ValueError(
+                f"`noise_schedule` {self.noise_schedule} has an infinite noise level at t = 1, which the network would "
+                "have to read because of `time_conditioning`. Give it a positive `epsilon`."
+            )
 
     def validate_token_ids(self) -> None:
         """Raise ValueError for special tokens outside the vocabulary (called by `@strict`).

@@ -198,6 +198,10 @@ class TestConfiguration:
             ({"noise_schedule": "sigmoid"}, "`noise_schedule` must name one of"),
             ({"time_law": "gamma"}, "time_law"),
             ({"least_time": 2.0}, "`least_time` must be"),
+            (
+                {"time_conditioning": True, "noise_schedule": {"type": "loglinear", "epsilon": 0}},
+                "`noise_schedule` .* has an infinite noise level at t = 1",
+            ),
         ],
     )
     def test_wrong_settings_are_refused(self, settings, message):
@@ -267,8 +271,8 @@ class TestNoiseLevel:
 
     def test_t_is_read_by_the_schedule_of_the_config(self):
         ids = text(1, 8, masked=0.5)
-        model = tiny(time_conditioning=True, noise_schedule={"type": "cosine", "epsilon": 0.0})
-        expected = model(ids, sigma=-math.log(math.cos(math.pi / 2 * 0.3))).logits
+        model = tiny(time_conditioning=True, noise_schedule={"type": "cosine", "epsilon": 0.1})
+        expected = model(ids, sigma=-math.log(0.1 + 0.9 * math.cos(math.pi / 2 * 0.3))).logits
         torch.testing.assert_close(model(ids, t=0.3).logits, expected, rtol=1e-5, atol=1e-5)
 
     def test_each_row_has_its_own(self):
