@@ -60,6 +60,9 @@ class TrainingSettings:
     ema_decay: float = field(default=0.999, metadata={"help": "of the averaged weights, which are the ones saved"})
     evaluate_every: int = field(default=250, metadata={"help": "steps between evaluations and checkpoints"})
     seed: int = field(default=0, metadata={"help": "of weights, data order and orders"})
+    store_half: bool = field(
+        default=False, metadata={"help": "store weights in float16; they are loaded and used in float32 all the same"}
+    )
     bf16: bool = field(default=False, metadata={"help": "train in bfloat16 mixed precision"})
     resume: bool = field(default=False, metadata={"help": "continue from the last checkpoint in the output folder"})
 
@@ -135,7 +138,7 @@ def train(settings: TrainingSettings) -> dict[str, Any]:
     streams for ARMD.
     """
     documents = load_text(settings.text, settings.dataset_config)
-    training_text, validation_text = _split(documents, settings.validation_fraction)
+    training_text, validation_text = split_text(documents, settings.validation_fraction)
     if settings.tokenizer is None:
         tokenizer = train_tokenizer(training_text, settings.vocab_size)
     else:
@@ -198,13 +201,15 @@ def train(settings: TrainingSettings) -> dict[str, Any]:
             "settings": {name: str(v) if isinstance(v, Path) else v for name, v in asdict(settings).items()},
         }
         if trainer.is_world_process_zero():
-            model.save_pretrained(settings.output)
+            # With a state dict of its own the config keeps the dtype to compute in.
+            weights = {name: w.half() if settings.store_half else w for name, w in model.state_dict().items()}
+            model.save_pretrained(settings.output, state_dict=weights)
             tokenizer.save_pretrained(settings.output)
             (settings.output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     return results
 
 
-def _split(documents: list[str], validation_fraction: float) -> tuple[list[str], list[str]]:
+def split_text(documents: list[str], validation_fraction: float) -> tuple[list[str], list[str]]:
     """The last documents, or the end of the only one, are held out."""
     if len(documents) == 1:
         cut = round(len(documents[0]) * (1 - validation_fraction))
