@@ -7,7 +7,11 @@ from .generation.configuration import DiffusionGenerationConfig
 from .modeling.auto import register
 from .modeling.cache_armd import ARMDCache
 from .modeling.configuration_armd import ARMDConfig
+from .modeling.configuration_mdlm import MDLMConfig
+from .modeling.configuration_mdlm_ar import MDLMARConfig
 from .modeling.modeling_armd import ARMDForMaskedDiffusion
+from .modeling.modeling_mdlm import MDLMForMaskedDiffusion
+from .modeling.modeling_mdlm_ar import MDLMARForCausalLM
 from .modeling.packed_linear import pack_linear_layers, unpack_linear_layers
 
 
@@ -18,6 +22,10 @@ __all__ = [
     "ARMDConfig",
     "ARMDForMaskedDiffusion",
     "DiffusionGenerationConfig",
+    "MDLMARConfig",
+    "MDLMARForCausalLM",
+    "MDLMConfig",
+    "MDLMForMaskedDiffusion",
     "__version__",
     "pack_linear_layers",
     "unpack_linear_layers",

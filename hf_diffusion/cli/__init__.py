@@ -9,6 +9,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "demo": "watch the model that comes with the package write in parallel streams",
     "train": "train a model on text",
+    "convert": "turn a checkpoint of another implementation into a folder that from_pretrained loads",
 }
 
 

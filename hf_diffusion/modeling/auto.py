@@ -1,18 +1,32 @@
 """Registration of the families with transformers' Auto classes; importing `hf_diffusion` does it."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from .configuration_armd import ARMDConfig
+from .configuration_mdlm import MDLMConfig
+from .configuration_mdlm_ar import MDLMARConfig
 from .modeling_armd import ARMDForMaskedDiffusion
+from .modeling_mdlm import MDLMForMaskedDiffusion
+from .modeling_mdlm_ar import MDLMARForCausalLM
 
 
-FAMILIES = ((ARMDConfig, ARMDForMaskedDiffusion),)
+FAMILIES = (
+    (ARMDConfig, ARMDForMaskedDiffusion),
+    (MDLMConfig, MDLMForMaskedDiffusion),
+)
 """(configuration, model) of every family. All Auto classes lead to a model that can `generate`."""
+
+CAUSAL_BASELINES = ((MDLMARConfig, MDLMARForCausalLM),)
+"""(configuration, model) of ordinary causal models that a family is compared with."""
 
 
 def register() -> None:
     """Register every family; safe to call twice."""
-    for config_class, model_class in FAMILIES:
-        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-        for auto_class in (AutoModel, AutoModelForMaskedLM):
-            auto_class.register(config_class, model_class, exist_ok=True)
+    for models, auto_classes in (
+        (FAMILIES, (AutoModel, AutoModelForMaskedLM)),
+        (CAUSAL_BASELINES, (AutoModel, AutoModelForCausalLM)),
+    ):
+        for config_class, model_class in models:
+            AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+            for auto_class in auto_classes:
+                auto_class.register(config_class, model_class, exist_ok=True)

@@ -1,0 +1,88 @@
+"""What MDLM may be given to read: checks of a text, and the noise level from whichever argument names it."""
+
+import math
+from typing import Any
+
+import torch
+
+
+def read_noise_level(
+    config: Any,
+    sigma: torch.Tensor | float | None,
+    t: torch.Tensor | float | None,
+    device: torch.device,
+    batch_size: int | None = None,
+) -> torch.Tensor:
+    """What the network is told: sigma [batch] or [1] in nats, from the one of the two that is given.
+
+    Args:
+        sigma, t: as in `MDLMForMaskedDiffusion.forward`.
+        batch_size: number of rows that there are noise levels for, if it is known.
+
+    Raises:
+        ValueError: if the model is not told the noise level, or needs one and gets none, both or an impossible one.
+    """
+    given = {name: value for name, value in (("sigma", sigma), ("t", t)) if value is not None}
+    if not config.time_conditioning:
+        for name, value in given.items():
+            raise ValueError(
+                f"`{name}`={value} has no effect: this model is not told the noise level "
+                "(`config.time_conditioning` is False). Leave it out."
+            )
+        return torch.zeros(1, device=device)
+    if len(given) != 1:
+        raise ValueError(
+            f"A model with `time_conditioning` needs either `sigma` (the noise level -log alpha, in nats) or `t` "
+            f"(the time between 0 and 1, which `config.noise_schedule` makes a noise level of); got "
+            f"{'both' if given else 'neither'}."
+        )
+    ((name, value),) = given.items()
+    level = torch.as_tensor(value, device=device, dtype=torch.get_default_dtype()).reshape(-1)
+    if batch_size is not None and level.shape[0] not in (1, batch_size):
+        raise ValueError(
+            f"`{name}` must be one number or one for each of the {batch_size} rows of `input_ids`, got shape "
+            f"{tuple(torch.as_tensor(value).shape)}."
+        )
+    if not torch.compiler.is_compiling():
+        most = 1.0 if name == "t" else math.inf
+        if not bool(((level >= 0) & (level <= most) & level.isfinite()).all()):
+            remedy = (
+                "a time runs from 0 to 1" if name == "t" else "a noise level is -log alpha, finite and not negative"
+            )
+            raise ValueError(f"`{name}` must be a valid {name}, got {level.tolist()}: {remedy}.")
+    return config.make_schedule().sigma(level) if name == "t" else level
+
+
+def check_text(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config: Any) -> None:
+    """Raise ValueError for a text that the network cannot read. Looks at values, so not while compiling."""
+    if input_ids.ndim != 2 or input_ids.is_floating_point():
+        raise ValueError(
+            f"`input_ids` must be an integer tensor [batch, length], got {input_ids.dtype} of shape "
+            f"{tuple(input_ids.shape)}."
+        )
+    real = None
+    if attention_mask is not None and attention_mask.ndim == 2:
+        if attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"`attention_mask` must have the shape of `input_ids` {tuple(input_ids.shape)}, got "
+                f"{tuple(attention_mask.shape)}."
+            )
+        real = attention_mask.to(device=input_ids.device, dtype=torch.bool)
+    if torch.compiler.is_compiling() or input_ids.numel() == 0:
+        return
+    longest = int(real.sum(dim=1).max()) if real is not None else input_ids.shape[1]
+    if longest > config.max_position_embeddings:
+        raise ValueError(
+            f"`input_ids` hold a text of {longest} tokens, more than the model's context (`max_position_embeddings`="
+            f"{config.max_position_embeddings}). Cut it, or raise the limit in the configuration."
+        )
+    if real is not None and not bool(real.any(dim=1).all()):
+        raise ValueError("`attention_mask` leaves nothing of at least one row. Leave out rows of padding only.")
+    outside = (input_ids < 0) | (input_ids >= config.vocab_size)
+    if real is not None:
+        outside &= real
+    if bool(outside.any()):
+        raise ValueError(
+            f"`input_ids` must lie in the vocabulary (0 to {config.vocab_size - 1}), got "
+            f"{sorted(set(input_ids[outside].tolist()))[:8]}. The mask token is {config.mask_token_id}."
+        )

@@ -1,0 +1,26 @@
+"""A tiny MDLM whose predictions depend on everything that they should, and texts for it."""
+
+import torch
+
+from hf_diffusion import MDLMConfig, MDLMForMaskedDiffusion
+
+
+def tiny(dtype=torch.float64, **settings):
+    """A model with large random weights: at the initial ones, all of its predictions are the same."""
+    shared = {"vocab_size": 12, "hidden_size": 16, "conditioning_size": 8, "num_hidden_layers": 3}
+    config = {"num_attention_heads": 2, "max_position_embeddings": 32, "residual_dropout": 0.0}
+    model = MDLMForMaskedDiffusion(MDLMConfig(**{**shared, **config, **settings}))
+    torch.manual_seed(1)
+    for name, weight in model.named_parameters():
+        # Shifts and scales that do not drown what the network reads, and gates that are open.
+        is_modulation = "modulation" in name or "shift_scale" in name
+        torch.nn.init.normal_(weight, mean=float("norm" in name), std=0.1 if is_modulation else 0.5)
+        if name.endswith("modulation.bias"):
+            weight.data.view(6, -1)[[2, 5]] += 1
+    return model.to(dtype).eval()
+
+
+def text(batch, length, masked=0.0):
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(11, (batch, length), generator=generator)
+    return ids.masked_fill(torch.rand(batch, length, generator=generator) < masked, 11)
