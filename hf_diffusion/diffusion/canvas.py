@@ -24,6 +24,16 @@ def real_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | None)
     return None if bool(real.all()) else real
 
 
+def check_length(input_ids: torch.Tensor, real: torch.Tensor | None, limit: int) -> None:
+    """Raise ValueError if a row of `input_ids` [batch, length] holds more than `limit` tokens, padding not counted."""
+    longest = input_ids.shape[1] if real is None else int(real.sum(dim=1).max())
+    if longest > limit:
+        raise ValueError(
+            f"`input_ids` holds a text of {longest} tokens, more than the model's context (`max_position_embeddings`="
+            f"{limit}). Shorten it; in `generate`, prompt and `max_new_tokens` share the context."
+        )
+
+
 def check_tokens(
     input_ids: torch.Tensor, real: torch.Tensor | None, vocab_size: int, mask_token_id: int | None
 ) -> None:

@@ -13,7 +13,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation import GenerationMixin
 
-from ..diffusion.canvas import check_tokens, real_positions
+from ..diffusion.canvas import check_length, check_tokens, real_positions
 from ..diffusion.orders import fill_order
 from .configuration import DIFFUSION_FIELDS, DiffusionGenerationConfig, check_together, refuse_unknown
 from .output import DiffusionGenerateOutput
@@ -179,13 +179,8 @@ class DiffusionGenerationMixin(GenerationMixin):
         appended = self._num_appended(input_ids, config)
         input_ids = torch.nn.functional.pad(input_ids, (0, appended), value=self.config.mask_token_id)
         attention_mask = torch.nn.functional.pad(attention_mask, (0, appended), value=1)
-        longest = int(attention_mask.sum(dim=1).max()) if input_ids.numel() else 0
-        limit = self.config.max_position_embeddings
-        if longest > limit:
-            raise ValueError(
-                f"`inputs` and `max_new_tokens` make a text of {longest} tokens, longer than the model's context "
-                f"(`max_position_embeddings`={limit}). Shorten the prompt or lower `max_new_tokens`."
-            )
+        # Positions to fill are text too: prompt and `max_new_tokens` share the context.
+        check_length(input_ids, attention_mask.bool(), self.config.max_position_embeddings)
         repeats = config.num_return_sequences
         return input_ids.repeat_interleave(repeats, dim=0), attention_mask.repeat_interleave(repeats, dim=0)
 

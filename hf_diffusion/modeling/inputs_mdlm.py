@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from ..diffusion.canvas import check_length, check_tokens, real_positions
+
 
 def read_noise_level(
     config: Any,
@@ -60,29 +62,9 @@ def check_text(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, con
             f"`input_ids` must be an integer tensor [batch, length], got {input_ids.dtype} of shape "
             f"{tuple(input_ids.shape)}."
         )
-    real = None
-    if attention_mask is not None and attention_mask.ndim == 2:
-        if attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"`attention_mask` must have the shape of `input_ids` {tuple(input_ids.shape)}, got "
-                f"{tuple(attention_mask.shape)}."
-            )
-        real = attention_mask.to(device=input_ids.device, dtype=torch.bool)
     if torch.compiler.is_compiling() or input_ids.numel() == 0:
         return
-    longest = int(real.sum(dim=1).max()) if real is not None else input_ids.shape[1]
-    if longest > config.max_position_embeddings:
-        raise ValueError(
-            f"`input_ids` hold a text of {longest} tokens, more than the model's context (`max_position_embeddings`="
-            f"{config.max_position_embeddings}). Cut it, or raise the limit in the configuration."
-        )
-    if real is not None and not bool(real.any(dim=1).all()):
-        raise ValueError("`attention_mask` leaves nothing of at least one row. Leave out rows of padding only.")
-    outside = (input_ids < 0) | (input_ids >= config.vocab_size)
-    if real is not None:
-        outside &= real
-    if bool(outside.any()):
-        raise ValueError(
-            f"`input_ids` must lie in the vocabulary (0 to {config.vocab_size - 1}), got "
-            f"{sorted(set(input_ids[outside].tolist()))[:8]}. The mask token is {config.mask_token_id}."
-        )
+    padding = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
+    real = real_positions(input_ids, padding)
+    check_length(input_ids, real, config.max_position_embeddings)
+    check_tokens(input_ids, real, config.vocab_size, config.mask_token_id)

@@ -14,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
 from .configuration_mdlm import MDLMConfig
+from .initial_std import init_with_own_std, linear_with_std
 
 
 NUM_SINUSOIDS = 256
@@ -118,7 +119,7 @@ class MDLMLayer(GradientCheckpointingLayer):
         self.self_attn = MDLMAttention(config, layer_idx)
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=False)
         self.mlp = MDLMMLP(config)
-        self.modulation = zero_linear(config.conditioning_size, 6 * config.hidden_size)
+        self.modulation = linear_with_std(config.conditioning_size, 6 * config.hidden_size, std=0.0, bias=True)
         self.dropout = nn.Dropout(config.residual_dropout)
 
     def forward(
@@ -157,22 +158,11 @@ def take_rows(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return states.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, states.shape[-1]))
 
 
-def zero_linear(in_features: int, out_features: int) -> nn.Linear:
-    """A linear map that starts at zero. It says so itself: `_init_weights` sees modules without their surroundings, and
-    of code outside of transformers only those that hold parameters directly."""
-    linear = nn.Linear(in_features, out_features)
-    linear.starts_at_zero = True  # type: ignore[assignment]
-    return linear
-
-
 def init_linear(module: nn.Module) -> bool:
     """Initialise linear maps and embeddings as published, uniformly or at zero. False if `module` is neither."""
     if not isinstance(module, nn.Linear | nn.Embedding):
         return False
-    if getattr(module, "starts_at_zero", False):
-        init.zeros_(module.weight)
-        init.zeros_(module.bias)
-    else:
+    if not init_with_own_std(module):
         init.kaiming_uniform_(module.weight, a=math.sqrt(5))
         if isinstance(module, nn.Linear) and module.bias is not None:
             bound = module.in_features**-0.5

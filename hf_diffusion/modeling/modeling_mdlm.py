@@ -16,8 +16,9 @@ from transformers.utils.generic import can_return_tuple
 from ..diffusion.masking import NoisedText, draw_noised_text
 from ..generation.mixin import DiffusionGenerationMixin
 from .configuration_mdlm import MDLMConfig
+from .initial_std import linear_with_std
 from .inputs_mdlm import check_text, read_noise_level
-from .layers_mdlm import MDLMLayer, NoiseEmbedding, init_linear, modulate, take_rows, zero_linear
+from .layers_mdlm import MDLMLayer, NoiseEmbedding, init_linear, modulate, take_rows
 from .loss import chunked_cross_entropy
 from .outputs import MaskedDiffusionOutput, QueryModelOutput
 from .published_mdlm import register_published_layout
@@ -63,7 +64,7 @@ class MDLMModel(MDLMPreTrainedModel):
         self.noise_embedding = NoiseEmbedding(config)
         self.layers = nn.ModuleList([MDLMLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=False)
-        self.final_shift_scale = zero_linear(config.conditioning_size, 2 * config.hidden_size)
+        self.final_shift_scale = linear_with_std(config.conditioning_size, 2 * config.hidden_size, std=0.0, bias=True)
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -152,7 +153,7 @@ class MDLMForMaskedDiffusion(MDLMPreTrainedModel, DiffusionGenerationMixin):
     def __init__(self, config: MDLMConfig) -> None:
         super().__init__(config)
         self.model = MDLMModel(config)
-        self.lm_head = zero_linear(config.hidden_size, config.vocab_size)
+        self.lm_head = linear_with_std(config.hidden_size, config.vocab_size, std=0.0, bias=True)
         self.post_init()
 
     @can_return_tuple

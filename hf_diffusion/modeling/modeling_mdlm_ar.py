@@ -18,7 +18,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_mdlm_ar import MDLMARConfig
-from .layers_mdlm import MDLMMLP, MDLMAttention, init_linear, zero_linear
+from .initial_std import linear_with_std
+from .layers_mdlm import MDLMMLP, MDLMAttention, init_linear
 from .loss import chunked_cross_entropy
 from .published_mdlm import register_published_layout
 
@@ -128,7 +129,7 @@ class MDLMARForCausalLM(MDLMARPreTrainedModel, GenerationMixin):
     def __init__(self, config: MDLMARConfig) -> None:
         super().__init__(config)
         self.model = MDLMARModel(config)
-        self.lm_head = zero_linear(config.hidden_size, config.vocab_size)
+        self.lm_head = linear_with_std(config.hidden_size, config.vocab_size, std=0.0, bias=True)
         self.post_init()
 
     @can_return_tuple

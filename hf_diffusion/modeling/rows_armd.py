@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from ..diffusion.canvas import check_tokens, real_positions
+from ..diffusion.canvas import check_length, check_tokens, real_positions
 from ..diffusion.orders import check_block_index, fill_order
 from .cache_armd import ARMDCache, mark
 from .configuration_armd import ARMDConfig
@@ -76,6 +76,7 @@ def read_canvas(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, co
     if input_ids.ndim != 2 or input_ids.shape[1] == 0:
         raise ValueError(f"`input_ids` must have shape [batch, length >= 1], got {tuple(input_ids.shape)}.")
     real = real_positions(input_ids, attention_mask)
+    check_length(input_ids, real, config.max_position_embeddings)
     check_tokens(input_ids, real, config.vocab_size, config.mask_token_id)
     masked: torch.Tensor = input_ids == config.mask_token_id  # type: ignore[assignment]
     index = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
@@ -85,12 +86,6 @@ def read_canvas(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, co
         position = real.cumsum(dim=1)
         last_real = torch.where(real, index, START).cummax(dim=1).values
         left = torch.cat([last_real.new_full((last_real.shape[0], 1), START), last_real[:, :-1]], dim=1)
-    longest = int(position[:, -1].max())
-    if longest > config.max_position_embeddings:
-        raise ValueError(
-            f"`input_ids` holds a text of {longest} tokens, more than `max_position_embeddings` "
-            f"({config.max_position_embeddings}). Shorten it or split it."
-        )
     return Canvas(masked, real, position, left)
 
 

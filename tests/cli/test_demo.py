@@ -24,7 +24,7 @@ def test_demo_shows_texts_and_a_table_that_adds_up(capsys):
 @pytest.mark.parametrize("arguments", [["--num-streams", "31", "--max-new-tokens", "30"], ["--max-new-tokens", "999"]])
 def test_impossible_demos_are_refused(arguments, capsys):
     assert main(["demo", *arguments]) == 2
-    assert re.search("`num_streams` must be|longer than the model's context", capsys.readouterr().err)
+    assert re.search("`num_streams` must be|more than the model's context", capsys.readouterr().err)
 
 
 class Words:

@@ -33,7 +33,7 @@ PROMPT = torch.tensor([[1, 2, 3]])
             {"strategy": "semi_autoregressive", "block_length": 2, "max_denoising_steps": 3},
             "`max_denoising_steps` must",
         ),
-        ({"max_new_tokens": 62}, "text of 65 tokens, longer than the model's context.*64"),
+        ({"max_new_tokens": 62}, "text of 65 tokens, more than the model's context.*64"),
         ({"max_length": 2}, "`max_length` .2. is less than"),
         ({"attention_mask": torch.ones(1, 2)}, "`attention_mask` must have the shape of `input_ids`"),
         ({"input_ids": PROMPT}, "`inputs` and `input_ids` are the same thing"),

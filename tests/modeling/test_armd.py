@@ -161,7 +161,9 @@ class TestVisibility:
             model(torch.tensor([[1, 2, 3, 4]]), **arguments)
 
     def test_a_text_longer_than_the_context_is_refused(self, model):
-        with pytest.raises(ValueError, match="a text of 65 tokens, more than `max_position_embeddings` .64."):
+        with pytest.raises(
+            ValueError, match="a text of 65 tokens, more than the model's context .`max_position_embeddings`=64."
+        ):
             model(torch.zeros(1, 65, dtype=torch.long))
 
 
