@@ -236,6 +236,7 @@ def _save(model: PreTrainedModel, tokenizer: Any, settings: TrainingSettings) ->
         # With a state dict of its own the config keeps the dtype to compute in. Tied weights are stored once.
         tied = model.all_tied_weights_keys
         weights = {name: weight.half() for name, weight in weights.items() if name not in tied}
+    model.config.use_cache = True  # which Trainer switches off
     model.save_pretrained(settings.output, state_dict=weights)
     tokenizer.save_pretrained(settings.output)
 
