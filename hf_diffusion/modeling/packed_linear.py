@@ -36,17 +36,21 @@ class PackedLinear(nn.Linear):
 
 
 def _packable(weight: Any) -> bool:
-    return weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
+    # Packing bfloat16 takes instructions that not every CPU has.
+    computes = weight.dtype == torch.float32 or (
+        weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+    return weight.device.type == "cpu" and computes
 
 
 def can_pack(linear: nn.Module) -> bool:
     """Whether this build of PyTorch has the (private) operators, and this layer is one that they serve."""
     return (
         type(linear) in (nn.Linear, PackedLinear)
-        and _packable(linear.weight)
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and _packable(linear.weight)
     )
 
 

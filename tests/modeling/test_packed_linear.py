@@ -54,5 +54,11 @@ def test_packed_models_can_be_copied():
         torch.testing.assert_close(copy.deepcopy(model)(ids).logits, expected)
 
 
+def test_bfloat16_generates_whether_or_not_this_machine_can_pack_it():
+    model = FAMILIES["armd"].model(torch.bfloat16)
+    pack_linear_layers(model)
+    assert model.generate(torch.tensor([[1, 2]]), max_new_tokens=4).shape == (1, 6)
+
+
 def test_what_cannot_be_packed_stays():
     assert pack_linear_layers(FAMILIES["armd"].model(torch.float64)) == 0
