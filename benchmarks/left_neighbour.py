@@ -38,6 +38,7 @@ def main() -> None:
                         output=Path(folder),
                         steps=arguments.steps,
                         evaluate_every=arguments.steps,
+                        validation_streams=(1,),
                         hidden_size=arguments.hidden_size,
                         block_length=arguments.block_length,
                         warmup_steps=60,

@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     values = {field.name: getattr(arguments, field.name) for field in fields(TrainingSettings)}
-    results = train(TrainingSettings(**{**values, "num_streams": tuple(values["num_streams"])}))
+    # argparse collects several values in a list.
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    results = train(TrainingSettings(**values))
     for name, loss in results["validation_loss_nats_per_token"].items():
         print(f"validation loss, {name.replace('_', ' ')}: {loss:.3f} nats per token")
     print(f"written to {arguments.output}")

@@ -35,6 +35,9 @@ class TrainingSettings:
     validation_blocks: int = field(
         default=32, metadata={"help": "blocks used to validate while training; all at the end"}
     )
+    validation_streams: tuple[int, ...] = field(
+        default=(1, 2, 4, 8), metadata={"help": "numbers of streams to validate ARMD with; 1 is left to right"}
+    )
     hidden_size: int = field(default=256, metadata={"help": "width of the model"})
     num_hidden_layers: int = field(default=4, metadata={"help": "number of layers"})
     num_attention_heads: int = field(default=8, metadata={"help": "number of attention heads"})
@@ -74,8 +77,13 @@ class TrainingSettings:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"`validation_fraction` must be between 0 and 1, got {self.validation_fraction}.")
-        if self.block_length < 8:
-            raise ValueError(f"`block_length` must be at least 8, the streams evaluated, got {self.block_length}.")
+        if not self.validation_streams or min(self.validation_streams) < 1:
+            raise ValueError(f"`validation_streams` must hold positive numbers, got {self.validation_streams!r}.")
+        if self.block_length < max(self.validation_streams):
+            raise ValueError(
+                f"`block_length` must be at least the most streams validated ({max(self.validation_streams)}), got "
+                f"{self.block_length}. Raise it, or lower `validation_streams`."
+            )
         if self.tokenizer is None and self.vocab_size < 258:
             raise ValueError(
                 f"`vocab_size` must be at least 258 (every byte, and the end of text), got {self.vocab_size}."
@@ -194,7 +202,7 @@ def train(settings: TrainingSettings) -> dict[str, Any]:
             "left_to_right" if streams == 1 else f"{streams}_streams": TokenBlocks(
                 validation_tokens, settings.block_length, orders.strided_steps(settings.block_length, streams)
             )
-            for streams in (1, 2, 4, 8)
+            for streams in settings.validation_streams
         }
     callbacks.append(LossCurveCallback(phases))
     while_training = {

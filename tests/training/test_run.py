@@ -137,7 +137,7 @@ def test_two_processes_get_the_loss_of_one(text, tmp_path):
         (["--validation-fraction", "1"], "`validation_fraction` must be between 0 and 1"),
         (["--text", "nowhere.txt"], "'nowhere.txt' is not a file"),
         (["--steps", "100", "--warmup-steps", "90"], "`warmup_steps` (90) and the decay (20 steps) do not fit"),
-        (["--block-length", "4"], "`block_length` must be at least 8"),
+        (["--block-length", "4"], "`block_length` must be at least the most streams validated (8)"),
         (["--vocab-size", "100"], "`vocab_size` must be at least 258"),
     ],
     ids=["steps", "family", "rho", "fraction", "text", "warm-up", "length", "vocabulary"],
