@@ -352,13 +352,17 @@ class TestReading:
     @pytest.mark.parametrize(
         ("ids", "arguments", "message"),
         [
-            (torch.tensor([[1, 12]]), {}, "`input_ids` holds the token id 12, outside the vocabulary .0 to 11"),
+            (torch.tensor([[1, 12]]), {}, "`input_ids` holds the token id 12, outside"),
             (torch.tensor([[1, -1]]), {}, "`input_ids` holds the token id -1, outside the vocabulary"),
             (torch.tensor([1, 2]), {}, "`input_ids` must be an integer tensor .batch, length."),
             (torch.rand(1, 2), {}, "`input_ids` must be an integer tensor"),
             (text(1, 33), {}, "text of 33 tokens, more than the model's context .*32"),
             (text(1, 4), {"attention_mask": torch.ones(1, 3)}, "`attention_mask` must have the shape of `input_ids`"),
-            (text(2, 2), {"attention_mask": torch.tensor([[1, 1], [0, 0]])}, "`attention_mask` has a row of zeros only"),
+            (
+                text(2, 2),
+                {"attention_mask": torch.tensor([[1, 1], [0, 0]])},
+                "`attention_mask` has a row of zeros only",
+            ),
             (text(1, 4), {"generator": torch.Generator()}, "`generator` has no effect without `labels`"),
         ],
     )
