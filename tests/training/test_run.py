@@ -165,12 +165,17 @@ def test_stopped_and_resumed_training_ends_where_uninterrupted_training_does(fam
 
 
 @pytest.mark.slow
-def test_two_processes_get_the_loss_of_one(text, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "learning_rate"),
+    # Each of MDLM's processes draws its own masks, so only what no step has changed can be the same.
+    [("armd", 1.5e-3), ("mdlm", 1e-12)],
+)
+def test_two_processes_get_the_loss_of_one(family, learning_rate, text, tmp_path):
     """`accelerate launch` on two CPU processes (gloo), half the batch each: the same steps, so the same losses."""
 
     def launch(processes, batch_size):
         output = tmp_path / str(processes)
-        settings = flags("armd", steps=8, evaluate_every=8, batch_size=batch_size, seed=3)
+        settings = flags(family, steps=8, evaluate_every=8, batch_size=batch_size, learning_rate=learning_rate, seed=3)
         command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
         command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         # accelerate's name for "several processes on this machine"; ACCELERATE_USE_CPU makes them gloo's.
