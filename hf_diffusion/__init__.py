@@ -6,6 +6,7 @@ Importing this package registers its model families with transformers' Auto clas
 from .generation.configuration import DiffusionGenerationConfig
 from .modeling.auto import register
 from .modeling.cache_armd import ARMDCache
+from .modeling.cache_mdlm import MDLMCache
 from .modeling.configuration_armd import ARMDConfig
 from .modeling.configuration_mdlm import MDLMConfig
 from .modeling.configuration_mdlm_ar import MDLMARConfig
@@ -24,6 +25,7 @@ __all__ = [
     "DiffusionGenerationConfig",
     "MDLMARConfig",
     "MDLMARForCausalLM",
+    "MDLMCache",
     "MDLMConfig",
     "MDLMForMaskedDiffusion",
     "__version__",

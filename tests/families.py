@@ -86,11 +86,15 @@ ARMD_STRATEGIES = (LEFT_TO_RIGHT, STRIDED, BLOCKS, ANCESTRAL, FIRST_HITTING)
 BACKWARDS = ({"block_index": torch.arange(9).flip(0).expand(2, 9)}, {})
 MDLM_SETTINGS = {"conditioning_size": 8, "residual_dropout": 0.0}
 MDLM_STRATEGIES = (
-    *(LEFT_TO_RIGHT, STRIDED, BLOCKS, ANCESTRAL, FIRST_HITTING),
+    *(LEFT_TO_RIGHT, STRIDED, ANCESTRAL, FIRST_HITTING),
+    {**BLOCKS, "block_strategy": "ancestral"},
     {**BLOCKS, "block_strategy": "spread"},
     {"strategy": "confidence", "confidence_threshold": 0.5},
     {"strategy": "entropy", "entropy_bound": 0.5},
     {"strategy": "margin", "max_denoising_steps": 3},
+)
+BLOCK_STRATEGIES = tuple(
+    {"strategy": "semi_autoregressive", "block_strategy": name} for name in ("spread", "first_hitting", "entropy")
 )
 
 FAMILIES = {
@@ -108,6 +112,15 @@ FAMILIES = {
         MDLMForMaskedDiffusion,
         MDLM_SETTINGS,
         MDLM_STRATEGIES,
+        pass_by_pass,
+        open_up,
+        loss_is_drawn=True,
+    ),
+    "mdlm_blocks": Family(
+        MDLMConfig,
+        MDLMForMaskedDiffusion,
+        {**MDLM_SETTINGS, "block_size": 4},
+        (LEFT_TO_RIGHT, *BLOCK_STRATEGIES),
         pass_by_pass,
         open_up,
         loss_is_drawn=True,

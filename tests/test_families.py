@@ -83,7 +83,7 @@ class TestModel:
         model, ids = family.model(), text(2, 9)
         assert model(ids, labels=ids).logits is None
 
-    @pytest.mark.parametrize("label", [23, -1])
+    @pytest.mark.parametrize("label", [VOCAB_SIZE, -1])
     def test_labels_outside_the_vocabulary_are_refused(self, family, label):
         ids = text(2, 9)
         labels = ids.clone()
@@ -124,8 +124,8 @@ class TestModel:
         exact = model(ids).logits[..., :NUM_TOKENS]
         rounded = copy.deepcopy(model).to(torch.bfloat16)(ids).logits[..., :NUM_TOKENS]
         assert rounded.dtype == torch.bfloat16
-        # bfloat16 keeps 8 bits: a hundredth of the spread per rounding, over four layers.
-        assert (rounded.float() - exact).abs().max() < 0.05 * exact.std() * 4
+        # bfloat16 keeps 8 bits: half of a hundredth for each of the few roundings of four layers.
+        assert (rounded.float() - exact).square().mean().sqrt() < 0.05 * exact.std()
 
     def test_attention_mask_of_ones_changes_nothing(self, family):
         model, ids = family.model(torch.float64), text(2, 9)
@@ -155,7 +155,10 @@ class TestLoading:
         model.save_pretrained(tmp_path)
         loaded = auto_class.from_pretrained(tmp_path)
         assert type(loaded) is family.model_class
-        assert torch.equal(loaded(ids).logits, model(ids).logits)
+        for name, weight in model.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], weight), name
+        # Matrix products may differ in their last digit with where in memory the weights lie.
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
         assert type(loaded.generation_config) is DiffusionGenerationConfig
         assert (loaded.generation_config.strategy, loaded.generation_config.num_streams) == ("strided", 2)
 
@@ -221,7 +224,7 @@ class TestGenerate:
         assert not torch.equal(output[0], output[1])
 
     def test_nothing_follows_the_end_token(self, name, strategy):
-        model, arguments = self.model(name, eos_token_id=5, pad_token_id=6), {"max_new_tokens": 12, "temperature": 3.0}
+        model, arguments = self.model(name, eos_token_id=5, pad_token_id=6), {"max_new_tokens": 12, "temperature": 10.0}
         output = model.generate(
             text(20, 3), attention_mask=torch.ones(20, 3), return_dict_in_generate=True, **arguments, **strategy
         )
@@ -236,9 +239,9 @@ class TestGenerate:
         assert max(all_passes) == output.nfe
 
     def test_a_row_that_has_ended_takes_part_in_no_further_pass(self, name, strategy):
-        model, sizes = self.model(name, eos_token_id=5), []
+        model, sizes = self.model(name, eos_token_id=list(range(8))), []
         model.register_forward_pre_hook(lambda _, __, inputs: sizes.append(len(inputs["input_ids"])), with_kwargs=True)
-        arguments = {"max_new_tokens": 12, "temperature": 3.0, "generator": seeded(), **strategy}
+        arguments = {"max_new_tokens": 12, "temperature": 10.0, "generator": seeded(), **strategy}
         sequences = model.generate(text(20, 3), **arguments)
         sizes_together, sizes[:] = list(sizes), []
         generator = arguments.pop("generator").manual_seed(3)
@@ -250,7 +253,7 @@ class TestGenerate:
         model = self.model(name, eos_token_id=5, pad_token_id=6)
         mask = model.config.mask_token_id
         prompt = torch.tensor([[1, mask, mask, mask, 7, mask, mask, mask, mask]]).repeat(40, 1)
-        output = model.generate(prompt, attention_mask=torch.ones_like(prompt), temperature=3.0, **strategy)
+        output = model.generate(prompt, attention_mask=torch.ones_like(prompt), temperature=10.0, **strategy)
         ended_early = (output[:, 1:4] == 5).any(1)
         assert bool(ended_early.any())
         last_gap = output[ended_early][:, 5:]
@@ -263,7 +266,9 @@ class TestGenerate:
 
     def test_a_mask_token_of_the_vocabulary_is_never_drawn(self, name, strategy):
         model = self.model(name, mask_token_id=5)
-        output = model.generate(torch.tensor([[1, 2, 3]]).repeat(20, 1), max_new_tokens=12, temperature=3.0, **strategy)
+        output = model.generate(
+            torch.tensor([[1, 2, 3]]).repeat(20, 1), max_new_tokens=12, temperature=10.0, **strategy
+        )
         assert not bool((output == 5).any())
 
     def test_text_from_nothing(self, name, strategy):

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from ..modeling.configuration_mdlm import PUBLISHED_NAMES, MDLMConfig
+from ..modeling.configuration_mdlm import MDLMConfig
 from ..modeling.configuration_mdlm_ar import MDLMARConfig
+from ..modeling.configuration_published import PublishedConfig
 from ..modeling.layers_mdlm import NUM_SINUSOIDS
 from ..modeling.modeling_mdlm import MDLMForMaskedDiffusion
 from ..modeling.modeling_mdlm_ar import MDLMARForCausalLM
@@ -113,10 +114,16 @@ def set_mask_token(tokenizer: Any, mask_token_id: int) -> None:
         )
 
 
+def _fields(config_class: type) -> list[str]:
+    """The settings of a model, without those that all models in transformers have."""
+    names = {**PublishedConfig.__annotations__, **config_class.__annotations__}
+    return [name for name in names if name != "model_type"]
+
+
 def _accepted(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings under our names. Raises ValueError for a name that there is not."""
-    settings = {PUBLISHED_NAMES.get(name, name): value for name, value in settings.items()}
-    accepted = [*(field for field in MDLMConfig.__annotations__ if field != "model_type"), "parameterization"]
+    settings = {MDLMConfig.attribute_map.get(name, name): value for name, value in settings.items()}
+    accepted = [*_fields(MDLMConfig), "parameterization"]
     for name, value in settings.items():
         if name not in accepted:
             nearest = difflib.get_close_matches(name, accepted, n=1)
@@ -271,7 +278,7 @@ def _read_config(
             "of the noise level. That is not supported."
         )
     for name in known if is_causal else ():
-        if name not in MDLMARConfig.__annotations__:
+        if name not in _fields(MDLMARConfig):
             raise CheckpointError(f"it is of the autoregressive baseline, which has no `{name}`. Leave it out.")
     try:
         config = (MDLMARConfig if is_causal else MDLMConfig)(**known)

@@ -9,7 +9,7 @@ from typing import Any
 
 ALGORITHMS = {
     "bd3lm": "a block diffusion model (BD3-LM): it was trained to predict a noisy block from clean ones before it, "
-    "with the noisy and the clean text side by side. Block diffusion is not supported",
+    "with the noisy and the clean text side by side. Reading its files is not supported",
     "duo": "a DUO model: its noise replaces tokens by random ones and has no mask token, so it cannot be read as a "
     "masked-diffusion model. Uniform-state diffusion is not supported",
     "esolm": "an Eso-LM: it attends causally in the order of generation, with positions sorted, which MDLM does not. "

@@ -30,12 +30,12 @@ def mask_random_number(
         token_uniforms: [batch, length] in [0, 1), independent. The positions of the k smallest are masked.
 
     Returns:
-        Text, weight [batch] and sigma [batch] in nats; for `labels` with `noised`.
+        Text, weight [batch, 1] and sigma [batch, 1] in nats; for `labels` with `noised`.
     """
     length = input_ids.shape[1]
     number = (number_uniforms * length).long().clamp(max=length - 1)[:, None] + 1
     smallest_first, positions = token_uniforms.sort(dim=1)
     rank = positions.argsort(dim=1)
-    probability = smallest_first.gather(1, number - 1)[:, 0]
+    probability = smallest_first.gather(1, number - 1)
     masked = input_ids.masked_fill(rank < number, mask_token_id)
-    return NoisedText(masked, length / number[:, 0], -torch.log1p(-probability))
+    return NoisedText(masked, length / number, -torch.log1p(-probability))

@@ -58,15 +58,33 @@ def check_tokens(
 
 
 def check_labels(labels: torch.Tensor, input_ids: torch.Tensor, vocab_size: int) -> None:
-    """Raise ValueError unless `labels` [batch, length] are tokens of the vocabulary, or -100 for none."""
+    """Raise ValueError unless `labels` [batch, length] are tokens of the vocabulary, or -100 for none.
+
+    Values are not looked at while compiling.
+    """
     if labels.shape != input_ids.shape:
         raise ValueError(
             f"`labels` must have the shape of `input_ids` {tuple(input_ids.shape)}, got {tuple(labels.shape)}. "
             "Row n predicts token n: nothing is shifted."
         )
+    if torch.compiler.is_compiling():
+        return
     outside = ((labels < 0) & (labels != -100)) | (labels >= vocab_size)
     if bool(outside.any()):
         raise ValueError(
             f"`labels` holds {int(labels[outside][0])}, which is no token of the vocabulary (0 to {vocab_size - 1}). "
             "Put -100 where there is nothing to predict, and the true tokens, not masks, where there is."
+        )
+
+
+def check_query_positions(query_positions: torch.Tensor, batch_size: int, length: int) -> None:
+    """Raise ValueError unless `query_positions` [batch, queried] names positions of the text, or -1 for none."""
+    if query_positions.ndim != 2 or query_positions.shape[0] != batch_size or query_positions.is_floating_point():
+        raise ValueError(
+            f"`query_positions` must be an integer tensor [batch={batch_size}, queried], got "
+            f"{query_positions.dtype} {tuple(query_positions.shape)}."
+        )
+    if bool(((query_positions < -1) | (query_positions >= length)).any()):
+        raise ValueError(
+            f"`query_positions` must hold positions 0..{length - 1}, or -1 for none, got {query_positions.tolist()}."
         )

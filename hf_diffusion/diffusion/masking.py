@@ -20,8 +20,9 @@ class NoisedText(NamedTuple):
     """
     Attributes:
         input_ids: long [batch, length], a text of which some tokens are masked.
-        weight: [batch], what the negative log-likelihood of a masked token counts in the bound.
-        sigma: [batch], the noise level that the masks were drawn at, in nats.
+        weight: [batch, length], what the negative log-likelihood of a masked token counts in the bound; [batch, 1]
+            where all tokens of a row have the same time.
+        sigma: [batch, length] or [batch, 1], the noise level that the masks were drawn at, in nats.
     """
 
     input_ids: torch.Tensor
@@ -102,10 +103,10 @@ def draw_times(
     """Times and the weights that belong to them.
 
     Args:
-        uniforms: float [batch], independent and uniform in [0, 1).
+        uniforms: float [n], independent and uniform in [0, 1).
 
     Returns:
-        t [batch] in (0, 1], and the weight [batch] of a masked token. In discrete time that is T times what the token
+        t [n] in (0, 1], and the weight [n] of a masked token. In discrete time that is T times what the token
         counts in the divergence of step s = t - 1/T from t, T (alpha(s) - alpha(t)) / (1 - alpha(t)): finite at every
         step, the first one included.
     """
@@ -132,10 +133,10 @@ def mask_tokens(
 
     Args:
         input_ids: long [batch, length].
-        probability: [batch], of a mask.
+        probability: [batch, length] or [batch, 1], of a mask.
         uniforms: [batch, length] in [0, 1).
     """
-    return input_ids.masked_fill(uniforms < probability[:, None], mask_token_id)
+    return input_ids.masked_fill(uniforms < probability, mask_token_id)
 
 
 def draw_noised_text(
@@ -145,19 +146,32 @@ def draw_noised_text(
     sampling: TimeSampling,
     mask_token_id: int,
     generator: torch.Generator | None = None,
+    block: torch.Tensor | None = None,
 ) -> NoisedText:
-    """Draw one time per row and mask each row at its time.
+    """Draw one time per row, or one per block of a row, and mask each token at its time.
 
     Args:
         input_ids: long [batch, length], the text.
         maskable: bool [batch, length]; tokens elsewhere stay visible.
         generator: source of randomness; torch's global one on the device of `input_ids` if not given. One uniform per
-            row is drawn first, then one per token.
+            time is drawn first, then one per token.
+        block: long [batch or 1, length], the block of each position, counted from 0. One time for the whole row if not
+            given.
     """
     device = input_ids.device if generator is None else generator.device
-    time_uniforms = torch.rand(input_ids.shape[0], generator=generator, device=device).to(input_ids.device)
+    batch_size = input_ids.shape[0]
+    times_per_row = 1 if block is None or block.numel() == 0 else int(block.max()) + 1
+    time_uniforms = torch.rand(batch_size * times_per_row, generator=generator, device=device).to(input_ids.device)
     token_uniforms = torch.rand(input_ids.shape, generator=generator, device=device).to(input_ids.device)
     t, weight = draw_times(time_uniforms, schedule, sampling)
+    if block is None:
+        t, weight = t[:, None], weight[:, None]
+    else:
+        # Evenly spread times come in order. Given out so, the first block of a text would never see great ones, and
+        # the mean over its times would be wrong; as whole rows come in any order, they need no shuffling.
+        dealt = torch.randperm(len(t), generator=generator, device=device).to(input_ids.device)
+        dealt = dealt.view(batch_size, times_per_row).gather(1, block.expand(batch_size, -1))
+        t, weight = t[dealt], weight[dealt]
     noised = mask_tokens(input_ids, schedule.mask_probability(t), token_uniforms, mask_token_id)
     return NoisedText(torch.where(maskable, noised, input_ids), weight, schedule.sigma(t))
 

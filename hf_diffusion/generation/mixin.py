@@ -45,10 +45,16 @@ class DiffusionGenerationMixin(GenerationMixin):
     # What a family says about itself.
     reads_block_index = False
     """`forward` takes `block_index`, and with it the order of the whole text before the first pass."""
-    has_exact_cache = True
-    """`forward` takes `past_key_values` and `use_cache`, and gives the same logits as without."""
-    generation_block_size: int | None = None
-    """The model draws blocks of so many positions from left to right, and reads nothing after the block."""
+
+    @property
+    def has_exact_cache(self) -> bool:
+        """`forward` takes `past_key_values` and `use_cache`, and gives the same logits as without."""
+        return True
+
+    @property
+    def generation_block_size(self) -> int | None:
+        """The model draws blocks of so many positions from left to right, and reads nothing after the block."""
+        return None
 
     def default_strategy(self, max_denoising_steps: int | None, in_block: bool) -> str:
         """The strategy for the canvas, or for a block, if the user names none."""

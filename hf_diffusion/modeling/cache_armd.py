@@ -4,51 +4,9 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 
-
-class GrowingLayer(DynamicLayer):
-    """A `DynamicLayer` that writes into a buffer that doubles, where the original copies everything at every step."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.keys: Any = None
-        self.values: Any = None
-        self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._filled: torch.Tensor | None = None
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append states [batch, heads, new, head_dim]; returns all keys and all values, views into the buffers."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        old = self.get_seq_length()
-        new = old + key_states.shape[-2]
-        # `keys` may have been replaced from outside (crop, reorder, batch selection): the buffers are then out of date.
-        if self._buffers is None or self.keys is not self._filled or self._buffers[0].shape[-2] < new:
-            self._buffers = (
-                self._grow(key_states, self.keys, old, 2 * new),
-                self._grow(value_states, self.values, old, 2 * new),
-            )
-        key_buffer, value_buffer = self._buffers
-        key_buffer[:, :, old:new] = key_states
-        value_buffer[:, :, old:new] = value_states
-        self.keys, self.values = key_buffer[:, :, :new], value_buffer[:, :, :new]
-        self._filled = self.keys
-        return self.keys, self.values
-
-    @staticmethod
-    def _grow(states: torch.Tensor, past: torch.Tensor, length: int, capacity: int) -> torch.Tensor:
-        batch, heads, _, head_dim = states.shape
-        buffer = states.new_empty(batch, heads, capacity, head_dim)
-        if length:
-            buffer[:, :, :length] = past
-        return buffer
-
-    def reset(self) -> None:
-        super().reset()
-        self._buffers = self._filled = None
+from .cache_layers import GrowingLayer
 
 
 def mark(flags: torch.Tensor, index: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from ..diffusion.canvas import check_length, check_tokens, real_positions
+from ..diffusion.canvas import check_labels, check_length, check_query_positions, check_tokens, real_positions
+from ..diffusion.masking import NoisedText
 
 
 def read_noise_level(
@@ -55,16 +56,74 @@ def read_noise_level(
     return config.make_schedule().sigma(level) if name == "t" else level
 
 
-def check_text(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config: Any) -> None:
-    """Raise ValueError for a text that the network cannot read. Looks at values, so not while compiling."""
+def read_text(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, query_positions: torch.Tensor | None, config: Any
+) -> torch.Tensor | None:
+    """Check a text. Values are not looked at while compiling.
+
+    Returns:
+        Bool [batch, length], False at padding; None if there is none, or if a 4-D `attention_mask` says who reads whom.
+
+    Raises:
+        ValueError: for a text that the network cannot read.
+    """
     if input_ids.ndim != 2 or input_ids.is_floating_point():
         raise ValueError(
             f"`input_ids` must be an integer tensor [batch, length], got {input_ids.dtype} of shape "
             f"{tuple(input_ids.shape)}."
         )
+    padding = attention_mask
+    if attention_mask is not None and attention_mask.ndim == 4:
+        if config.block_size is not None:
+            raise ValueError(
+                f"`attention_mask` of shape {tuple(attention_mask.shape)} does not go with `block_size` "
+                f"({config.block_size}), which says who reads whom. Pass [batch, length], 0 at padding."
+            )
+        padding = None
     if torch.compiler.is_compiling() or input_ids.numel() == 0:
-        return
-    padding = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
+        return padding.bool() if padding is not None else None
     real = real_positions(input_ids, padding)
     check_length(input_ids, real, config.max_position_embeddings)
     check_tokens(input_ids, real, config.vocab_size, config.mask_token_id)
+    if query_positions is not None:
+        check_query_positions(query_positions, *input_ids.shape)
+    return real
+
+
+def check_targets(
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    noised: NoisedText | None,
+    config: Any,
+) -> None:
+    """Raise ValueError for labels that are no text to predict, or a noised text that is not one of theirs."""
+    check_labels(labels, input_ids, config.vocab_size)
+    for name, values in (("weight", noised.weight), ("sigma", noised.sigma)) if noised is not None else ():
+        if values.ndim != 2 or values.shape[0] != len(labels) or values.shape[1] not in (1, labels.shape[1]):
+            raise ValueError(
+                f"`noised.{name}` must have shape {tuple(labels.shape)} or {(len(labels), 1)}, got "
+                f"{tuple(values.shape)}."
+            )
+    if torch.compiler.is_compiling():
+        return
+    if bool((labels == config.mask_token_id).any()):
+        raise ValueError(
+            f"`labels` hold the mask token ({config.mask_token_id}), which is never predicted. Put -100 at positions "
+            "without a token to predict."
+        )
+
+
+def check_cache(past_key_values: Any, query_positions: torch.Tensor | None, config: Any) -> None:
+    """Raise ValueError where a cache is asked for that could not be exact."""
+    if past_key_values is None:
+        return
+    if config.block_size is None:
+        raise ValueError(
+            "`past_key_values`, which `use_cache=True` starts, needs a model with `block_size`: in this one every "
+            "position reads all others, so nothing stays right when a token is drawn. Leave both out."
+        )
+    if query_positions is None:
+        raise ValueError(
+            "`past_key_values`, which `use_cache=True` starts, needs `query_positions`: the block that they lie in "
+            "says what is finished, which is all before it."
+        )

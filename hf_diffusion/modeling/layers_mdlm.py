@@ -61,13 +61,13 @@ class MDLMAttention(nn.Module):
         hidden_states: torch.Tensor,
         attention_mask: Any,
         rotary: tuple[torch.Tensor, torch.Tensor],
-        query_positions: torch.Tensor | None = None,
+        asking_rows: torch.Tensor | None = None,
         past_key_values: Any = None,
     ) -> torch.Tensor:
         asking, query_rotary = hidden_states, rotary
-        if query_positions is not None:
-            asking = take_rows(hidden_states, query_positions)
-            query_rotary = (take_rows(rotary[0], query_positions), take_rows(rotary[1], query_positions))
+        if asking_rows is not None:
+            asking = take_rows(hidden_states, asking_rows)
+            query_rotary = (take_rows(rotary[0], asking_rows), take_rows(rotary[1], asking_rows))
         query, key, value = (
             projection(states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection, states in (
@@ -76,7 +76,7 @@ class MDLMAttention(nn.Module):
                 (self.v_proj, hidden_states),
             )
         )
-        if query_positions is None:
+        if asking_rows is None:
             query, key = apply_rotary_pos_emb(query, key, *rotary)
         else:
             query, _ = apply_rotary_pos_emb(query, query, *query_rotary)
@@ -110,17 +110,24 @@ class MDLMMLP(nn.Module):
         return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
 
 
-class MDLMLayer(GradientCheckpointingLayer):
-    """A pre-norm transformer layer whose norms are shifted and scaled, and whose outputs are gated, by `modulation`."""
+class PreNormLayer(GradientCheckpointingLayer):
+    """The parts of a pre-norm transformer layer; what else a layer has, and how it joins them, is its own matter."""
 
-    def __init__(self, config: MDLMConfig, layer_idx: int) -> None:
+    def __init__(self, config: Any, layer_idx: int, is_causal: bool = False) -> None:
         super().__init__()
         self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=False)
-        self.self_attn = MDLMAttention(config, layer_idx)
+        self.self_attn = MDLMAttention(config, layer_idx, is_causal)
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=False)
         self.mlp = MDLMMLP(config)
-        self.modulation = linear_with_std(config.conditioning_size, 6 * config.hidden_size, std=0.0, bias=True)
         self.dropout = nn.Dropout(config.residual_dropout)
+
+
+class MDLMLayer(PreNormLayer):
+    """A pre-norm layer whose norms are shifted and scaled, and whose outputs are gated, by `modulation`."""
+
+    def __init__(self, config: MDLMConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.modulation = linear_with_std(config.conditioning_size, 6 * config.hidden_size, std=0.0, bias=True)
 
     def forward(
         self,
@@ -129,20 +136,21 @@ class MDLMLayer(GradientCheckpointingLayer):
         rotary: tuple[torch.Tensor, torch.Tensor],
         conditioning: torch.Tensor | None,
         modulation: torch.Tensor | None = None,
-        query_positions: torch.Tensor | None = None,
+        asking_rows: torch.Tensor | None = None,
+        past_key_values: Any = None,
     ) -> torch.Tensor:
         """
         Args:
             conditioning: [batch or 1, conditioning_size], from which the modulation is made if it is not given.
-            query_positions: long [batch, queried], the rows that go on; all of them if not given.
+            asking_rows: long [batch or 1, asking], the rows that go on; all of them if not given.
         """
         if modulation is None:
             modulation = self.modulation(conditioning)[:, None]
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation.chunk(6, dim=-1)
         normed = modulate(self.input_layernorm(hidden_states), shift, scale)
-        attended = self.self_attn(normed, attention_mask, rotary, query_positions)
-        if query_positions is not None:
-            hidden_states = take_rows(hidden_states, query_positions)
+        attended = self.self_attn(normed, attention_mask, rotary, asking_rows, past_key_values)
+        if asking_rows is not None:
+            hidden_states = take_rows(hidden_states, asking_rows)
         hidden_states = hidden_states + gate * self.dropout(attended)
         normed = modulate(self.post_attention_layernorm(hidden_states), mlp_shift, mlp_scale)
         return hidden_states + mlp_gate * self.dropout(self.mlp(normed))
@@ -153,9 +161,8 @@ def modulate(normed: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> 
 
 
 def take_rows(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """`states` [batch or 1, length, width] at `index` [batch, n]; negative indices take row 0."""
-    states = states.expand(index.shape[0], -1, -1)
-    return states.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, states.shape[-1]))
+    """`states` [batch or 1, length, width] at `index` [batch or 1, n]; negative indices take row 0."""
+    return torch.take_along_dim(states, index.clamp(min=0)[..., None], dim=1)
 
 
 def init_linear(module: nn.Module) -> bool:

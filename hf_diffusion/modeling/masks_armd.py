@@ -1,14 +1,14 @@
 """Attention masks of ARMD's two streams, for whichever attention implementation is in use."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+from transformers.masking_utils import causal_mask_function
 
 from .cache_armd import ARMDCache
 from .configuration_armd import ARMDConfig
+from .masks import build_mask
 from .rows_armd import Rows
 
 
@@ -42,7 +42,11 @@ def plan_attention(rows: Rows, cache: ARMDCache | None, config: ARMDConfig, like
     if rows.pattern == "causal":
         # SDPA has a causal kernel that needs no mask; other implementations get one built.
         has_kernel = config._attn_implementation == "sdpa"
-        mask = None if has_kernel else _mask(causal_mask_function, config, like, num_query, num_content)
+        mask = (
+            None
+            if has_kernel
+            else build_mask(causal_mask_function, config, like, (like.shape[0], num_query, num_content))
+        )
         alone = [Attend(slice(None), mask, is_causal=True)]
         both = [Attend(slice(0, num_content), mask, True), Attend(slice(num_content, None), mask, True)]
         return Attends(both, alone, alone)
@@ -53,24 +57,11 @@ def plan_attention(rows: Rows, cache: ARMDCache | None, config: ARMDConfig, like
         def reads(batch: Any, head: Any, query: Any, key: Any) -> Any:
             return keys[batch, key] < bound[batch, query]
 
-        return [Attend(slice(None), _mask(reads, config, like, bound.shape[1], keys.shape[1]))]
+        return [Attend(slice(None), build_mask(reads, config, like, (*bound.shape, keys.shape[1])))]
 
     # Content rows read up to their own block; query rows read content of earlier blocks, and queries up to their own.
     return Attends(
         both=below(content_keys, torch.cat([rows.content_block + 1, rows.query_block], dim=1)),
         query=below(content_keys, rows.query_block),
         upper=below(query_keys, rows.query_block + 1),
-    )
-
-
-def _mask(mask_function: Callable, config: ARMDConfig, like: torch.Tensor, num_queries: int, num_keys: int) -> Any:
-    build = ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation]
-    return build(
-        batch_size=like.shape[0],
-        q_length=num_queries,
-        kv_length=num_keys,
-        mask_function=mask_function,
-        allow_is_causal_skip=False,
-        dtype=like.dtype,
-        device=like.device,
     )

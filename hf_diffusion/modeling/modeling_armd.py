@@ -28,10 +28,11 @@ from .cache_armd import ARMDCache
 from .configuration_armd import ARMDConfig
 from .initial_std import init_with_own_std, linear_with_std
 from .loss import chunked_cross_entropy
+from .masks import NOWHERE
 from .masks_armd import Attend, plan_attention
 from .outputs import MaskedDiffusionOutput, QueryModelOutput
 from .prefix_aggregation import PositionEncoding, aggregate_causally, aggregate_visible, prefix_state
-from .rows_armd import NOWHERE, START, UNKNOWN, Canvas, Rows, plan_rows, read_canvas
+from .rows_armd import START, UNKNOWN, Canvas, Rows, plan_rows, read_canvas
 
 
 class ARMDAttention(nn.Module):
@@ -339,8 +340,7 @@ class ARMDForMaskedDiffusion(ARMDPreTrainedModel, DiffusionGenerationMixin):
         if labels is not None and query_positions is not None:
             raise ValueError("`labels` needs the logits of all positions: leave out `query_positions`.")
         if labels is not None:
-            if not torch.compiler.is_compiling():
-                check_labels(labels, input_ids, self.config.vocab_size)
+            check_labels(labels, input_ids, self.config.vocab_size)
             if attention_mask is not None:
                 labels = labels.masked_fill(attention_mask == 0, -100)
         if use_cache and past_key_values is None and query_positions is not None:

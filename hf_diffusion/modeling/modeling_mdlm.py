@@ -1,7 +1,8 @@
 """MDLM: a bidirectional transformer that reads a text with masks in it and predicts what they hide (arXiv 2406.07524).
 
 The network is a diffusion transformer (DiT): every layer is shifted, scaled and gated by a function of the noise level.
-Most published models are not told the noise level; for them that function is a constant.
+Most published models are not told the noise level; for them that function is a constant. With `config.block_size` the
+text is generated block after block (BD3-LM, arXiv 2503.09573): what is read is never later, and a cache is exact.
 """
 
 from typing import Any
@@ -9,54 +10,30 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple
 
 from ..diffusion.masking import NoisedText, draw_noised_text
 from ..generation.mixin import DiffusionGenerationMixin
+from .blocks_mdlm import Rows, next_rows, places_in_text, two_copies, whole_text
+from .cache_mdlm import MDLMCache
 from .configuration_mdlm import MDLMConfig
 from .initial_std import linear_with_std
-from .inputs_mdlm import check_text, read_noise_level
-from .layers_mdlm import MDLMLayer, NoiseEmbedding, init_linear, modulate, take_rows
+from .inputs_mdlm import check_cache, check_targets, read_noise_level, read_text
+from .layers_mdlm import MDLMLayer, NoiseEmbedding, modulate, take_rows
 from .loss import chunked_cross_entropy
 from .outputs import MaskedDiffusionOutput, QueryModelOutput
-from .published_mdlm import register_published_layout
+from .published_mdlm import PublishedModel, PublishedModelWithHead, register_published_layout
 
 
 Modulations = tuple[torch.Tensor, ...]
 """Shifts, scales and gates: [batch or 1, 1, 6 * hidden_size] of each layer, [.., 2 * hidden_size] of the final norm."""
 
 
-class MDLMPreTrainedModel(PreTrainedModel):
-    config: MDLMConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["MDLMLayer"]
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$"]  # published files hold it; the config says it
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """As published: a fresh layer passes its input on, and a fresh model finds all tokens equally likely."""
-        if not init_linear(module):
-            super()._init_weights(module)
-
-    @property
-    def mask_token_id(self) -> int:
-        assert self.config.mask_token_id is not None
-        return self.config.mask_token_id
-
-    def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> None:
-        """As in transformers, but in our layout; `save_original_format=True` gives the one they were loaded from."""
-        super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
-
-
-class MDLMModel(MDLMPreTrainedModel):
+class MDLMModel(PublishedModel):
     """The network without its head: one hidden state per position."""
+
+    config: MDLMConfig
 
     def __init__(self, config: MDLMConfig) -> None:
         super().__init__(config)
@@ -92,9 +69,16 @@ class MDLMModel(MDLMPreTrainedModel):
         t: torch.Tensor | float | None = None,
         modulations: Modulations | None = None,
         query_positions: torch.Tensor | None = None,
+        past_key_values: MDLMCache | None = None,
+        clean_ids: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
     ) -> QueryModelOutput:
-        """See `MDLMForMaskedDiffusion.forward`; returns hidden states in place of logits."""
+        """See `MDLMForMaskedDiffusion.forward`; returns hidden states in place of logits.
+
+        Args:
+            clean_ids: long [batch, length], for models with `block_size`: the text that `input_ids` has been made of.
+                Every block of `input_ids` then reads itself and the blocks of `clean_ids` before it.
+        """
         conditioning = None
         if modulations is None:
             conditioning = self.noise_embedding(
@@ -104,20 +88,25 @@ class MDLMModel(MDLMPreTrainedModel):
             raise ValueError("`modulations` hold the noise level already: leave out `sigma` and `t`.")
         if self.config.attend_to_padding:
             attention_mask = None
-        check_text(input_ids, attention_mask, self.config)
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        if attention_mask is not None and attention_mask.ndim == 2:
-            real = attention_mask.to(device=input_ids.device, dtype=torch.bool)
-            positions = (real.cumsum(dim=1) - 1).clamp(min=0)
+        real = read_text(input_ids, attention_mask, query_positions, self.config)
+        if real is not None:
             input_ids = input_ids.masked_fill(~real, self.mask_token_id)
-        hidden_states = self.embed_tokens(input_ids)
-        mask = create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask)
-        rotary = self.rotary_emb(hidden_states, positions)
-
+            clean_ids = clean_ids.masked_fill(~real, self.mask_token_id) if clean_ids is not None else None
+        rows = self._plan_rows(input_ids, real, query_positions, past_key_values, clean_ids)
+        hidden_states = self.embed_tokens(rows.input_ids)
+        rotary = self.rotary_emb(hidden_states, rows.places)
         # Nobody reads the last layer but the head, so rows that are not asked for end there.
-        last_mask, last_rows = mask, None
-        if query_positions is not None and (mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 4)):
-            last_mask, last_rows = _mask_rows(mask, query_positions), query_positions
+        if self.config.block_size is None:
+            mask = create_bidirectional_mask(
+                config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
+            )
+            can_end = mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 4)
+            last_rows = rows.answer if can_end else None
+            last_mask = mask if last_rows is None else _mask_rows(mask, last_rows)
+        else:
+            mask, last_mask = rows.masks(self.config, hidden_states)
+            last_rows = rows.answer
+
         states_of_layers = [hidden_states]
         for layer_idx, layer in enumerate(self.layers):
             is_last = layer_idx == self.config.num_hidden_layers - 1
@@ -128,35 +117,62 @@ class MDLMModel(MDLMPreTrainedModel):
                 conditioning,
                 modulations[layer_idx] if modulations is not None else None,
                 last_rows if is_last else None,
+                past_key_values=past_key_values,
             )
             states_of_layers.append(hidden_states)
+        if past_key_values is not None:
+            assert rows.num_final is not None
+            past_key_values.finish(rows.num_final)
 
         def answer(states: torch.Tensor) -> torch.Tensor:
             """The rows that were asked for."""
-            return states if query_positions is None else take_rows(states, query_positions)
+            return states if rows.answer is None else take_rows(states, rows.answer)
 
         earlier, last = states_of_layers[:-1], states_of_layers[-1]
         last = last if last_rows is not None else answer(last)
         shift_scale = modulations[-1] if modulations is not None else self.final_shift_scale(conditioning)[:, None]
         return QueryModelOutput(
             last_hidden_state=modulate(self.norm(last), *shift_scale.chunk(2, dim=-1)),
+            past_key_values=past_key_values,
             hidden_states=(*map(answer, earlier), last) if output_hidden_states else None,
         )
 
+    def _plan_rows(
+        self,
+        input_ids: torch.Tensor,
+        real: torch.Tensor | None,
+        query_positions: torch.Tensor | None,
+        past_key_values: MDLMCache | None,
+        clean_ids: torch.Tensor | None,
+    ) -> Rows:
+        check_cache(past_key_values, query_positions, self.config)
+        if past_key_values is not None:
+            if self.training and self.gradient_checkpointing:
+                raise ValueError(
+                    "`past_key_values` does not go with gradient checkpointing, which would write it twice. Call "
+                    "`model.eval()`, or leave it out."
+                )
+            assert query_positions is not None
+            return next_rows(input_ids, real, query_positions, past_key_values, self.config)
+        if clean_ids is not None:
+            assert self.config.block_size is not None
+            return two_copies(input_ids, clean_ids, real, self.config.block_size)
+        return whole_text(input_ids, real, query_positions, self.config.block_size)
 
-class MDLMForMaskedDiffusion(MDLMPreTrainedModel, DiffusionGenerationMixin):
+
+class MDLMForMaskedDiffusion(PublishedModelWithHead, DiffusionGenerationMixin):
     """MDLM with its language-model head: what masks hide, and a bound on the likelihood of a text."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    accepts_loss_kwargs = True
+    config: MDLMConfig
+    model_class = MDLMModel
 
-    def __init__(self, config: MDLMConfig) -> None:
-        super().__init__(config)
-        self.model = MDLMModel(config)
-        self.lm_head = linear_with_std(config.hidden_size, config.vocab_size, std=0.0, bias=True)
-        self.post_init()
+    @property
+    def has_exact_cache(self) -> bool:
+        return self.config.block_size is not None
 
-    has_exact_cache = False
+    @property
+    def generation_block_size(self) -> int | None:
+        return self.config.block_size
 
     def default_strategy(self, max_denoising_steps: int | None, in_block: bool) -> str:
         return "first_hitting" if max_denoising_steps is None else "ancestral"
@@ -187,30 +203,43 @@ class MDLMForMaskedDiffusion(MDLMPreTrainedModel, DiffusionGenerationMixin):
         t: torch.Tensor | float | None = None,
         modulations: Modulations | None = None,
         query_positions: torch.Tensor | None = None,
+        past_key_values: MDLMCache | None = None,
+        use_cache: bool | None = None,
         noised: NoisedText | tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
         generator: torch.Generator | None = None,
         output_hidden_states: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> MaskedDiffusionOutput:
         r"""
-        Row n of the logits predicts token n from all visible tokens. Their softmax is the law of the token that a mask
-        at position n hides; the mask token itself is never predicted (-inf). Rows of visible positions are predictions
-        too; where SUBS wants those tokens carried over, see `diffusion.masking.subs_log_probs`.
+        Row n of the logits predicts token n from all visible tokens; with `config.block_size`, from those of its own
+        block and of earlier ones. Their softmax is the law of the token that a mask at position n hides; the mask token
+        itself is never predicted (-inf). Rows of visible positions are predictions too; where SUBS wants those tokens
+        carried over, see `diffusion.masking.subs_log_probs`.
 
         Args:
             input_ids: long [batch, length], the text; `config.mask_token_id` at positions that are not known.
             attention_mask: [batch, length], 0 at padding, which may be anywhere and has no effect on other positions;
-                positions count the rest (see `config.attend_to_padding`). Or a 4-D mask as in transformers.
+                positions count the rest (see `config.attend_to_padding`). Or, without blocks, a 4-D mask as in
+                transformers.
             labels: long [batch, length], a text to predict; -100 at positions that are given, which stay as they are in
-                `input_ids` and are not counted. Gives `loss`: (1) of `diffusion.masking`, estimated with one time and
-                one set of masks per row, in nats per label. That is a bound on the negative log-likelihood of the
-                labels given the rest, but for the ends of time that the configuration cuts off (`least_time` and the
-                schedule's `epsilon`). Masks are drawn here: pass the text itself as `input_ids`. No logits then.
+                `input_ids` and are not counted; neither is padding. Gives `loss`: (1) of `diffusion.masking`, estimated
+                with one time and one set of masks per row, in nats per label. That is a bound on the negative
+                log-likelihood of the labels given the rest, but for the ends of time that the configuration cuts off
+                (`least_time` and the schedule's `epsilon`). Masks are drawn here: pass the text itself as `input_ids`.
+                No logits then.
+                With `config.block_size` there is one time per block, and the loss estimates the sum over blocks of (1)
+                for the block given the clean text before it (BD3-LM, eq. 5), again in nats per label.
             sigma: float [batch] or one for all, the noise level -log alpha of `input_ids`, in nats. Models with
                 `time_conditioning` need it or `t`; others take neither.
             t: float [batch] or one for all, the time between 0 and 1, from which `config.noise_schedule` makes sigma.
             modulations: what `model.modulations` has made for the noise level, to be used again.
             query_positions: long [batch, queried], the positions to predict, -1 for none. All of them if not given.
+            past_key_values: an `MDLMCache`, for models with `config.block_size`. `query_positions` must then lie in one
+                block of each row. That block and what is not finished before it are read, later positions are not.
+                Blocks before it are finished: keys and values stay in the cache, and those tokens must not change any
+                more. The block asked for may be asked again, as it stands then, until a later one is. Logits are those
+                of a pass without cache.
+            use_cache: start a cache, if none is passed.
             noised: with `labels`, the text already masked, with the weight of its tokens. Drawn if not given. May be a
                 plain tuple of the same fields, as `Trainer` hands on no other.
             generator: with `labels`, source of times and masks; torch's global one if not given.
@@ -219,13 +248,16 @@ class MDLMForMaskedDiffusion(MDLMPreTrainedModel, DiffusionGenerationMixin):
 
         Raises:
             ValueError: before any computation, for tokens outside the vocabulary, a text longer than
-                `max_position_embeddings`, a row of padding only, arguments that do not go together, and a noise level
-                that is missing, out of range, or of no effect.
+                `max_position_embeddings`, a row of padding only, arguments that do not go together, a noise level that
+                is missing, out of range, or of no effect; with a cache, for queries in two blocks of a row or in a
+                finished one, and for masks before the block that is asked for.
         """
         if labels is None:
             for name, value in (("noised", noised), ("generator", generator)):
                 if value is not None:
                     raise ValueError(f"`{name}` has no effect without `labels`. Leave it out, or pass `labels`.")
+            if use_cache and past_key_values is None:
+                past_key_values = MDLMCache(self.config.num_hidden_layers)
             outputs = self.model(
                 input_ids,
                 attention_mask,
@@ -233,27 +265,37 @@ class MDLMForMaskedDiffusion(MDLMPreTrainedModel, DiffusionGenerationMixin):
                 t,
                 modulations,
                 query_positions,
-                output_hidden_states,
+                past_key_values,
+                output_hidden_states=output_hidden_states,
                 return_dict=True,
             )
             return MaskedDiffusionOutput(
-                logits=self._logits(outputs.last_hidden_state), hidden_states=outputs.hidden_states
+                logits=self._logits(outputs.last_hidden_state),
+                past_key_values=outputs.past_key_values,
+                hidden_states=outputs.hidden_states,
             )
 
-        others = {"sigma": sigma, "t": t, "modulations": modulations, "query_positions": query_positions}
+        others = {
+            **{"sigma": sigma, "t": t, "modulations": modulations, "query_positions": query_positions},
+            **{"past_key_values": past_key_values, "use_cache": use_cache or None},
+        }
         for name in [name for name, value in others.items() if value is not None]:
             raise ValueError(
                 f"`{name}` does not go with `labels`, which draw a noise level for all positions. Leave it out; to "
                 "choose the masks and their noise level, pass `noised`."
             )
-        self._check_labels(input_ids, labels, attention_mask)
+        noised = NoisedText(*noised) if noised is not None else None
+        check_targets(input_ids, labels, noised, self.config)
+        if attention_mask is not None and attention_mask.ndim == 2:
+            labels = labels.masked_fill(attention_mask == 0, -100)
+        text = torch.where(labels != -100, labels, input_ids)
         if noised is None:
-            noised = self._draw_noised_text(input_ids, attention_mask, labels, generator)
-        noised = NoisedText(*noised)
+            noised = self._draw_noised_text(text, labels != -100, attention_mask, generator)
         outputs = self.model(
             noised.input_ids,
             attention_mask,
             sigma=noised.sigma if self.config.time_conditioning else None,
+            clean_ids=None if self.config.block_size is None else text,
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
@@ -263,61 +305,34 @@ class MDLMForMaskedDiffusion(MDLMPreTrainedModel, DiffusionGenerationMixin):
             self._logits,
             self.config.vocab_size,
             num_items_in_batch if num_items_in_batch is not None else (labels != -100).sum().clamp(min=1),
-            weights=noised.weight[:, None].expand(labels.shape),
+            weights=noised.weight.expand(labels.shape),
         )
         return MaskedDiffusionOutput(loss=loss, hidden_states=outputs.hidden_states)
 
-    def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        logits = self.lm_head(hidden_states)
-        logits[..., self.mask_token_id] = -torch.inf
-        return logits
-
     def _draw_noised_text(
         self,
-        input_ids: torch.Tensor,
+        text: torch.Tensor,
+        maskable: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        labels: torch.Tensor,
         generator: torch.Generator | None,
     ) -> NoisedText:
-        maskable = labels != -100
-        text = torch.where(maskable, labels, input_ids)
-        if self.config.attend_to_padding and attention_mask is not None:
+        block = None
+        if self.config.block_size is not None:
+            real = attention_mask.to(text.device, torch.bool) if attention_mask is not None else None
+            block = places_in_text(text, real) // self.config.block_size
+        elif self.config.attend_to_padding and attention_mask is not None:
             maskable = maskable | ~attention_mask.bool()
         schedule, sampling = self.config.make_schedule(), self.config.make_time_sampling()
-        return draw_noised_text(text, maskable, schedule, sampling, self.mask_token_id, generator)
-
-    def _check_labels(self, input_ids: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
-        if labels.shape != input_ids.shape:
-            raise ValueError(
-                f"`labels` must have the shape of `input_ids` {tuple(input_ids.shape)}, got {tuple(labels.shape)}. "
-                "Row n predicts token n: nothing is shifted."
-            )
-        if torch.compiler.is_compiling():
-            return
-        labelled = labels != -100
-        if bool((labelled & ((labels < 0) | (labels >= self.config.vocab_size))).any()):
-            raise ValueError(
-                f"`labels` must lie in the vocabulary (0 to {self.config.vocab_size - 1}) or be -100, got "
-                f"{int(labels.min())} to {int(labels.max())}."
-            )
-        if bool((labels == self.mask_token_id).any()):
-            raise ValueError(
-                f"`labels` hold the mask token ({self.mask_token_id}), which is never predicted. Put -100 at positions "
-                "without a token to predict."
-            )
-        if attention_mask is not None and attention_mask.ndim == 2 and bool((labelled & (attention_mask == 0)).any()):
-            raise ValueError("`labels` name tokens where `attention_mask` is 0. Put -100 at padding.")
+        return draw_noised_text(text, maskable, schedule, sampling, self.mask_token_id, generator, block)
 
 
 def _mask_rows(mask: torch.Tensor | None, query_positions: torch.Tensor) -> torch.Tensor | None:
     """The rows of a mask [batch or 1, heads or 1, length, keys] that belong to `query_positions` [batch, queried]."""
     if mask is None:
         return None
-    _, heads, _, keys = mask.shape
-    index = query_positions.clamp(min=0)[:, None, :, None].expand(-1, heads, -1, keys)
-    return mask.expand(query_positions.shape[0], -1, -1, -1).gather(2, index)
+    return torch.take_along_dim(mask, query_positions.clamp(min=0)[:, None, :, None], dim=2)
 
 
 register_published_layout(MDLMConfig.model_type)
 
-__all__ = ["MDLMForMaskedDiffusion", "MDLMModel", "MDLMPreTrainedModel"]
+__all__ = ["MDLMForMaskedDiffusion", "MDLMModel"]

@@ -11,36 +11,28 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_mdlm_ar import MDLMARConfig
-from .initial_std import linear_with_std
-from .layers_mdlm import MDLMMLP, MDLMAttention, init_linear
+from .layers_mdlm import PreNormLayer
 from .loss import chunked_cross_entropy
-from .published_mdlm import register_published_layout
+from .published_mdlm import PublishedModel, PublishedModelWithHead, register_published_layout
 
 
-class MDLMARLayer(GradientCheckpointingLayer):
-    """A pre-norm transformer layer."""
+class MDLMARLayer(PreNormLayer):
+    """A pre-norm layer, causal."""
 
     def __init__(self, config: MDLMARConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=False)
-        self.self_attn = MDLMAttention(config, layer_idx, is_causal=True)
-        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=False)
-        self.mlp = MDLMMLP(config)
-        self.dropout = nn.Dropout(config.residual_dropout)
+        super().__init__(config, layer_idx, is_causal=True)
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         attention_mask: Any,
         rotary: tuple[torch.Tensor, torch.Tensor],
-        past_key_values: Cache | None = None,
+        past_key_values: Any = None,
     ) -> torch.Tensor:
         attended = self.self_attn(
             self.input_layernorm(hidden_states), attention_mask, rotary, past_key_values=past_key_values
@@ -49,30 +41,10 @@ class MDLMARLayer(GradientCheckpointingLayer):
         return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
 
 
-class MDLMARPreTrainedModel(PreTrainedModel):
-    config: MDLMARConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["MDLMARLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$"]
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if not init_linear(module):
-            super()._init_weights(module)
-
-    def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> None:
-        """As in transformers, but in our layout; `save_original_format=True` gives the one they were loaded from."""
-        super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
-
-
-class MDLMARModel(MDLMARPreTrainedModel):
+class MDLMARModel(PublishedModel):
     """The network without its head: one hidden state per position."""
+
+    config: MDLMARConfig
 
     def __init__(self, config: MDLMARConfig) -> None:
         super().__init__(config)
@@ -120,17 +92,11 @@ class MDLMARModel(MDLMARPreTrainedModel):
         )
 
 
-class MDLMARForCausalLM(MDLMARPreTrainedModel, GenerationMixin):
+class MDLMARForCausalLM(PublishedModelWithHead, GenerationMixin):
     """The baseline with its language-model head."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    accepts_loss_kwargs = True
-
-    def __init__(self, config: MDLMARConfig) -> None:
-        super().__init__(config)
-        self.model = MDLMARModel(config)
-        self.lm_head = linear_with_std(config.hidden_size, config.vocab_size, std=0.0, bias=True)
-        self.post_init()
+    config: MDLMARConfig
+    model_class = MDLMARModel
 
     @can_return_tuple
     def forward(
@@ -175,12 +141,7 @@ class MDLMARForCausalLM(MDLMARPreTrainedModel, GenerationMixin):
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
 
-    def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        logits = self.lm_head(hidden_states)
-        logits[..., self.config.mask_token_id] = -torch.inf
-        return logits
-
 
 register_published_layout(MDLMARConfig.model_type)
 
-__all__ = ["MDLMARForCausalLM", "MDLMARModel", "MDLMARPreTrainedModel"]
+__all__ = ["MDLMARForCausalLM", "MDLMARModel"]

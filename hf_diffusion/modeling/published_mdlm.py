@@ -1,11 +1,67 @@
-"""The layout of published MDLM weights, and how transformers renames it to ours when it loads them.
+"""What all models of the MDLM publication share: how their weights start, are read from published files and written.
 
 The reference implementation and its siblings share one set of names (`backbone.blocks.0.attn_qkv.weight`, ...). They go
 through transformers' own hook, so `from_pretrained` reads published files as they are.
 """
 
+from typing import Any
+
+import torch
+from torch import nn
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
+from transformers.modeling_utils import PreTrainedModel
+
+from .initial_std import linear_with_std
+from .layers_mdlm import init_linear
+
+
+class PublishedModel(PreTrainedModel):
+    """What transformers has to know of these models."""
+
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MDLMLayer", "MDLMARLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$"]  # published files hold it; the config says it
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """As published: a fresh layer passes its input on, and a fresh model finds all tokens equally likely."""
+        if not init_linear(module):
+            super()._init_weights(module)
+
+    @property
+    def mask_token_id(self) -> int:
+        assert self.config.mask_token_id is not None
+        return self.config.mask_token_id
+
+    def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> None:
+        """As in transformers, but in our layout; `save_original_format=True` gives the one they were loaded from."""
+        super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
+
+
+class PublishedModelWithHead(PublishedModel):
+    """A language-model head on the network `model_class`; the mask token is never predicted."""
+
+    model_class: type[PublishedModel]
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.model = self.model_class(config)
+        self.lm_head = linear_with_std(config.hidden_size, config.vocab_size, std=0.0, bias=True)
+        self.post_init()
+
+    def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        logits = self.lm_head(hidden_states)
+        logits[..., self.mask_token_id] = -torch.inf
+        return logits
 
 
 def register_published_layout(model_type: str) -> None:

@@ -12,18 +12,17 @@ from typing import Literal
 
 import torch
 
-from ..diffusion.canvas import check_length, check_tokens, real_positions
+from ..diffusion.canvas import check_length, check_query_positions, check_tokens, real_positions
 from ..diffusion.orders import check_block_index, fill_order
 from .cache_armd import ARMDCache, mark
 from .configuration_armd import ARMDConfig
+from .masks import NOWHERE
 
 
 START = -1
 """Canvas index, and block number, of the start symbol."""
 UNKNOWN = -2
 """Canvas index of a left neighbour that is not known."""
-NOWHERE = 1 << 30
-"""Block number of a row that fills a gap in a ragged batch: later than everything, so no text row reads it."""
 
 
 @dataclass
@@ -97,7 +96,7 @@ def plan_rows(
 ) -> Rows:
     """The rows of a pass over `canvas`; see `ARMDForMaskedDiffusion.forward` for the arguments."""
     if query_positions is not None:
-        _check_positions(canvas, query_positions)
+        check_query_positions(query_positions, *canvas.masked.shape)
     if cache is None:
         return _all_rows(canvas, _checked_blocks(canvas, block_index, query_positions))
     if query_positions is None:
@@ -106,19 +105,6 @@ def plan_rows(
     if cache.num_passes:
         return _next_rows(canvas, cache, query_positions)
     return _first_rows(canvas, _checked_blocks(canvas, block_index, query_positions), query_positions)
-
-
-def _check_positions(canvas: Canvas, query_positions: torch.Tensor) -> None:
-    batch, length = canvas.masked.shape
-    if query_positions.ndim != 2 or query_positions.shape[0] != batch or query_positions.is_floating_point():
-        raise ValueError(
-            f"`query_positions` must be an integer tensor [batch={batch}, queried], got "
-            f"{query_positions.dtype} {tuple(query_positions.shape)}."
-        )
-    if bool(((query_positions < -1) | (query_positions >= length)).any()):
-        raise ValueError(
-            f"`query_positions` must hold positions 0..{length - 1}, or -1 for none, got {query_positions.tolist()}."
-        )
 
 
 def _check_queries(canvas: Canvas, query_positions: torch.Tensor, cache: ARMDCache) -> None:

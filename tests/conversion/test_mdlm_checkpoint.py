@@ -72,7 +72,7 @@ class TestGenuineFiles:
         torch.manual_seed(31)
         loss = model(expected["x0"], expected["attention_mask"], labels=labels).loss
         torch.testing.assert_close(loss, expected[f"{weights}.seeded.loss"], rtol=1e-5, atol=0)
-        noised = NoisedText(expected["xt"], 1 / expected["t"], expected["sigma"])
+        noised = NoisedText(expected["xt"], 1 / expected["t"][:, None], expected["sigma"][:, None])
         loss = model(expected["x0"], expected["attention_mask"], labels=labels, noised=noised).loss
         torch.testing.assert_close(loss, expected[f"{weights}.fixed.loss"], rtol=1e-5, atol=0)
         assert (info.weights, info.tokenizer) == ({"ema": "averaged", "raw": "raw"}[weights], "gpt2")

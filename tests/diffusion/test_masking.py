@@ -84,7 +84,7 @@ def test_discrete_bound_of_a_uniform_model_by_enumeration(steps):
 
 def test_tokens_are_masked_independently_with_their_probability():
     ids = torch.randint(9, (2, 100_000))
-    noised = mask_tokens(ids, torch.tensor([0.2, 0.9]), torch.rand(2, 100_000), MASK)
+    noised = mask_tokens(ids, torch.tensor([[0.2], [0.9]]), torch.rand(2, 100_000), MASK)
     masked = noised == MASK
     assert torch.equal(noised[~masked], ids[~masked])
     torch.testing.assert_close(masked.float().mean(dim=1), torch.tensor([0.2, 0.9]), rtol=0, atol=0.006)
@@ -99,9 +99,29 @@ def test_drawn_text_keeps_what_may_not_be_masked_and_says_its_noise_level():
     assert torch.equal(noised.input_ids[~maskable], ids[~maskable])
     assert bool((noised.input_ids[maskable] == MASK).any())
     # 1 - exp(-sigma) = (1 - epsilon) t, and the weight is 1 / t.
-    torch.testing.assert_close((1 - torch.exp(-noised.sigma)) * noised.weight, torch.full((64,), 0.999))
+    torch.testing.assert_close((1 - torch.exp(-noised.sigma)) * noised.weight, torch.full((64, 1), 0.999))
     again = draw_noised_text(ids, maskable, LogLinear(), sampling, MASK, torch.Generator().manual_seed(5))
     assert torch.equal(noised.input_ids, again.input_ids)
+
+
+def test_every_block_sees_all_times_and_all_blocks_of_a_batch_spread_evenly():
+    ids, block = torch.zeros(2, 12, dtype=torch.long), torch.arange(12)[None] // 3
+    maskable, generator = torch.ones(2, 12, dtype=torch.bool), torch.Generator().manual_seed(6)
+
+    def draw():
+        noised = draw_noised_text(ids, maskable, LogLinear(0.0), TimeSampling(), MASK, generator, block)
+        t = 1 - torch.exp(-noised.sigma)
+        torch.testing.assert_close(noised.weight * t, torch.ones(2, 12), rtol=1e-4, atol=0)
+        t = t.view(2, 4, 3)
+        assert torch.equal(t, t[..., :1].expand_as(t))
+        return t[..., 0]
+
+    times = torch.stack([draw() for _ in range(1000)])
+    parts = ((times - 1e-3) / 0.999 * 8).floor().flatten(1).sort(dim=1).values
+    assert torch.equal(parts, torch.arange(8.0).expand(1000, 8))
+    # Uniform: mean 1/2, standard deviation 0.289.
+    assert float((times.mean(0) - 0.5).abs().max()) < 4 * 0.289 / 1000**0.5
+    torch.testing.assert_close(times.std(0), torch.full((2, 4), 0.289), rtol=0.05, atol=0)
 
 
 def test_subs_excludes_the_mask_and_carries_visible_tokens_over():

@@ -244,9 +244,9 @@ class TestCache:
         def refuse(**arguments):
             pytest.fail(f"a mask of {arguments['q_length']} x {arguments['kv_length']} was built")
 
-        from hf_diffusion.modeling import masks_armd
+        from hf_diffusion.modeling import masks
 
-        monkeypatch.setitem(masks_armd.ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "sdpa", refuse)
+        monkeypatch.setitem(masks.ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "sdpa", refuse)
         ids = torch.randint(23, (2, LENGTH))
         blocks = random_order(torch.Generator().manual_seed(0), 2)
         attention_mask = torch.ones_like(ids)
