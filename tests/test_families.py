@@ -158,7 +158,7 @@ class TestLoading:
         for name, weight in model.state_dict().items():
             assert torch.equal(loaded.state_dict()[name], weight), name
         # Matrix products may differ in their last digit with where in memory the weights lie.
-        torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
         assert type(loaded.generation_config) is DiffusionGenerationConfig
         assert (loaded.generation_config.strategy, loaded.generation_config.num_streams) == ("strided", 2)
 

@@ -44,4 +44,5 @@ class Ending:
             return canvas, self.to_fill
         ends = self._ends(canvas)
         after_end = (ends.cumsum(dim=1) - ends.long() > 0) & self.to_fill
+        assert self.pad_token_id is not None
         return canvas.masked_fill(after_end, self.pad_token_id), self.to_fill & ~after_end
