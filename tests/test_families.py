@@ -224,12 +224,26 @@ class TestGenerate:
         output = model.generate(
             text(20, 3), attention_mask=torch.ones(20, 3), return_dict_in_generate=True, **arguments, **strategy
         )
-        new = output.sequences[:, 3:]
+        new, all_passes = output.sequences[:, 3:], []
         for row, tokens_per_forward in zip(new.tolist(), output.tokens_per_forward, strict=True):
             kept = row.index(5) + 1 if 5 in row else len(row)
             assert all(token == 6 for token in row[kept:])
-            assert float(tokens_per_forward) == pytest.approx(kept / output.nfe)
+            passes = kept / float(tokens_per_forward)
+            assert passes == pytest.approx(round(passes), abs=1e-4)
+            all_passes.append(round(passes))
         assert (new == 5).any()
+        assert max(all_passes) == output.nfe
+
+    def test_a_row_that_has_ended_takes_part_in_no_further_pass(self, name, strategy):
+        model, sizes = self.model(name, eos_token_id=5), []
+        model.register_forward_pre_hook(lambda _, __, inputs: sizes.append(len(inputs["input_ids"])), with_kwargs=True)
+        arguments = {"max_new_tokens": 12, "temperature": 3.0, "generator": seeded(), **strategy}
+        sequences = model.generate(text(20, 3), **arguments)
+        sizes_together, sizes[:] = list(sizes), []
+        generator = arguments.pop("generator").manual_seed(3)
+        alone = [model.generate(row, generator=generator, **arguments) for row in text(20, 3).split(1)]
+        assert torch.equal(sequences, torch.cat(alone))
+        assert sum(sizes_together) == len(sizes) < 20 * len(sizes_together)
 
     def test_an_end_token_before_given_text_is_a_token_like_others(self, name, strategy):
         model = self.model(name, eos_token_id=5, pad_token_id=6)

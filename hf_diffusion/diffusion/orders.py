@@ -108,15 +108,25 @@ def fill_order(
         Long tensor [batch, length]: given tokens first, one block each, then the steps; `NEVER` at padding.
     """
     real = torch.ones_like(to_fill) if attention_mask is None else attention_mask.to(torch.bool)
-    given = real & ~to_fill
-    block_index = torch.where(given, given.cumsum(-1) - 1, NEVER)
-    fill, num_given = real & to_fill, given.sum(dim=-1, keepdim=True)
-    counts = fill.sum(dim=-1)
+    fill = real & to_fill
+    step, counts = torch.full_like(fill, -1, dtype=torch.long), fill.sum(dim=-1)
     for count in counts.unique().tolist():
-        rows = (counts == count)[:, None]
+        rows = counts == count
         if count:
-            block_index[fill & rows] = (num_given[rows[:, 0]] + steps(count).to(num_given.device)).flatten()
-    return block_index
+            step[fill & rows[:, None]] = steps(count).to(step.device).repeat(int(rows.sum()))
+    return after_given(step, real)
+
+
+def after_given(steps: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """`block_index` [batch, length] of a text whose given tokens come first, one block each in position order.
+
+    Args:
+        steps: long [batch, length], the step of each position to generate, from 0; negative for given tokens.
+        real: bool [batch, length], False at padding, which gets `NEVER`.
+    """
+    given = real & (steps < 0)
+    block_index = torch.where(given, given.cumsum(-1) - 1, steps + given.sum(dim=-1, keepdim=True))
+    return block_index.masked_fill(~real, NEVER)
 
 
 def shuffle_subset(length: int, num_shuffled: int, generator: torch.Generator | None = None) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """The generation config of masked-diffusion models: transformers' own, and what an order of generation needs."""
 
 import difflib
+import math
 from typing import Any
 
 from transformers import GenerationConfig
@@ -10,8 +11,17 @@ DIFFUSION_FIELDS: dict[str, Any] = {
     "strategy": None,
     "num_streams": None,
     "block_length": None,
+    "block_strategy": None,
     "max_denoising_steps": None,
+    "confidence_threshold": None,
+    "entropy_bound": None,
+    "remasking": None,
+    "remasking_strength": None,
+    "sliding_window": False,
+    "approximate_cache": False,
+    "reference_sampler": None,
 }
+CHOICES = {"remasking": ("cap", "rescale"), "reference_sampler": ("ddpm", "ddpm_cache", "analytic")}
 
 
 class DiffusionGenerationConfig(GenerationConfig):
@@ -22,12 +32,39 @@ class DiffusionGenerationConfig(GenerationConfig):
     model's own law. `do_sample=False` takes the most likely token at every position.
 
     Args:
-        strategy (`str`, *optional*): which positions come next: `"autoregressive"` (default), `"strided"`,
-            `"semi_autoregressive"`.
-        num_streams (`int`, *optional*): with `strategy="strided"`, number S of streams that are written in parallel.
-        block_length (`int`, *optional*): with `strategy="semi_autoregressive"`, number of positions in a block.
-        max_denoising_steps (`int`, *optional*): with `strategy="semi_autoregressive"`, number of steps in which a block
-            is drawn; `block_length` (one position per step) if not given.
+        strategy (`str`, *optional*): which positions come next, one of
+
+            - `"autoregressive"`: left to right, one per pass (default of ARMD);
+            - `"strided"`: `num_streams` streams in parallel;
+            - `"semi_autoregressive"`: blocks of `block_length` from left to right, each filled by `block_strategy`;
+            - `"ancestral"`: masked diffusion in `max_denoising_steps` equal steps of time, exact in law (default of
+              MDLM where those are given); steps that reveal nothing cost nothing;
+            - `"first_hitting"`: masked diffusion in continuous time, one position per pass (default of MDLM);
+            - `"confidence"`, `"margin"`, `"entropy"`: the positions first where the most likely token has the highest
+              probability, leads by the most, or the entropy is lowest; one per pass, or all positions spread over
+              `max_denoising_steps` passes.
+        num_streams (`int`, *optional*): with `"strided"`, number S of streams that are written in parallel.
+        block_length (`int`, *optional*): with `"semi_autoregressive"`, number of positions in a block.
+        block_strategy (`str`, *optional*): with `"semi_autoregressive"`, how a block is filled: `"spread"` (positions
+            as far apart as possible; default of ARMD), `"ancestral"`, `"first_hitting"` (defaults of MDLM),
+            `"confidence"`, `"margin"` or `"entropy"`.
+        max_denoising_steps (`int`, *optional*): number of steps in which the canvas, or a block, is drawn.
+        confidence_threshold (`float`, *optional*): with `"confidence"`, keep all positions whose most likely token has
+            a higher probability than this together (Fast-dLLM, arXiv 2505.22618).
+        entropy_bound (`float`, *optional*): with `"entropy"`, keep the positions of lowest entropy together whose
+            entropies but for the highest one sum to at most this, in nats (EB-sampler, arXiv 2505.24857).
+        remasking (`"cap"` or `"rescale"`, *optional*): with `"ancestral"`, take drawn tokens back with the probability
+            that ReMDM (arXiv 2503.00307) calls by that name.
+        remasking_strength (`float`, *optional*): eta of `remasking`, in (0, 1].
+        sliding_window (`bool`): with `"semi_autoregressive"`, draw as one block what fits into the context, and then
+            blocks of `block_length`, as MDLM's authors do. Texts may exceed the context with and without it: a pass
+            then reads the context that ends with its block.
+        approximate_cache (`bool`): with `"semi_autoregressive"` on a bidirectional model, compute what was known when
+            the block began once per block, not in every pass. An approximation; the output reports its error.
+        reference_sampler (`str`, *optional*): reproduce the tokens that the authors' implementation of MDLM draws from
+            the same seed: `"ddpm"`, `"ddpm_cache"` or `"analytic"`, with `"ancestral"`; or `"ddpm_cache"` with
+            `"semi_autoregressive"`, `sliding_window` and `block_strategy="ancestral"`. That law is not the model's
+            (see `generation.reference_sampler`).
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -39,7 +76,7 @@ class DiffusionGenerationConfig(GenerationConfig):
     @staticmethod
     def _get_default_generation_params() -> dict[str, Any]:
         defaults = GenerationConfig._get_default_generation_params()
-        return {**defaults, "do_sample": True, "top_k": 0, "strategy": "autoregressive"}
+        return {**defaults, "do_sample": True, "top_k": 0}
 
     @classmethod
     def from_model_config(cls, model_config: Any) -> "DiffusionGenerationConfig":
@@ -58,6 +95,16 @@ class DiffusionGenerationConfig(GenerationConfig):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+        for name, most in (("confidence_threshold", 1), ("remasking_strength", 1), ("entropy_bound", math.inf)):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise ValueError(f"`{name}` must be a number, got {value!r}.")
+            if value is not None and not 0 <= value <= most:
+                raise ValueError(f"`{name}` must lie between 0 and {most}, got {value!r}.")
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value is not None and value not in choices:
+                raise ValueError(f"`{name}` must be one of {list(choices)}, got {value!r}.")
 
 
 def known_names() -> set[str]:

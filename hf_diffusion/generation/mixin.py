@@ -1,9 +1,8 @@
 """`generate` for masked-diffusion models: transformers' contract, for text that is drawn in any order.
 
-The canvas is the prompt with masked positions in it or after it. A strategy lays steps over the masked positions; each
-step is one pass of the network, whose logits at the positions of that step are processed and drawn from; given tokens
-never change. A family only has to answer `forward(input_ids, attention_mask, block_index, query_positions,
-past_key_values, use_cache)`.
+The canvas is the prompt with masked positions in it or after it. A strategy says which positions the next pass of the
+network is asked for and which of the answers are kept; sampling draws tokens there; a reader makes the pass, with
+whatever the family keeps between passes. Given tokens never change.
 """
 
 import copy
@@ -14,11 +13,14 @@ from transformers import GenerationConfig
 from transformers.generation import GenerationMixin
 
 from ..diffusion.canvas import check_length, check_tokens, real_positions
-from ..diffusion.orders import fill_order
+from .compatibility import check_compatible
 from .configuration import DIFFUSION_FIELDS, DiffusionGenerationConfig, check_together, refuse_unknown
+from .ending import Ending
 from .output import DiffusionGenerateOutput
+from .reader import Reader
 from .sampling import sample_categorical
-from .strategies import find_strategy
+from .strategies import SEMI_AUTOREGRESSIVE, find_strategy
+from .strategies.filling import Canvas, Strategy
 from .streaming import StreamerFeed
 
 
@@ -38,6 +40,30 @@ class DiffusionGenerationMixin(GenerationMixin):
     config: Any
     device: Any
     __call__: Any
+
+    # What a family says about itself.
+    reads_block_index = False
+    """`forward` takes `block_index`, and with it the order of the whole text before the first pass."""
+    has_exact_cache = True
+    """`forward` takes `past_key_values` and `use_cache`, and gives the same logits as without."""
+    generation_block_size: int | None = None
+    """The model draws blocks of so many positions from left to right, and reads nothing after the block."""
+
+    def default_strategy(self, max_denoising_steps: int | None, in_block: bool) -> str:
+        """The strategy for the canvas, or for a block, if the user names none."""
+        return "spread" if in_block else "autoregressive"
+
+    def mask_levels(self, num_steps: int) -> torch.Tensor:
+        """Expected share of masked positions after 0 to `num_steps` equal steps of time, float64, from 1 to 0."""
+        return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+
+    def inputs_of_all_passes(self) -> dict[str, Any]:
+        """Arguments of `forward` that are the same in every pass of a generation, made once."""
+        return {}
+
+    def inputs_at_level(self, level: torch.Tensor) -> dict[str, Any]:
+        """Arguments of `forward` that depend on the share of masked positions, `level` [batch]."""
+        return {}
 
     def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers, which loads a plain `GenerationConfig`; ours keeps its type."""
@@ -105,12 +131,12 @@ class DiffusionGenerationMixin(GenerationMixin):
         attention_mask = kwargs.pop("attention_mask", None)
         config = self._resolve_generation_config(generation_config, kwargs)
         strategy = find_strategy(config)
+        check_compatible(self, strategy, config, set(kwargs))
         canvas, attention_mask = self._prepare_canvas(
             input_ids if input_ids is not None else inputs, attention_mask, config
         )
-        masked = (canvas == self.config.mask_token_id) & attention_mask.bool()
-        block_index = fill_order(masked.cpu(), attention_mask.cpu(), lambda count: strategy.steps(count, config))
-        return self._fill(canvas, attention_mask, masked, block_index, config, streamer, generator)
+        to_fill = (canvas == self.config.mask_token_id) & attention_mask.bool()
+        return self._fill(canvas, attention_mask, to_fill, strategy, config, streamer, generator)
 
     def _resolve_generation_config(
         self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
@@ -134,6 +160,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         config.update(**inherited, defaults_only=True)
         config.update(**defaults, defaults_only=True)
         config.update(**kwargs)
+        self._set_default_strategies(config)
         for name, value in config.to_dict().items():
             if name.startswith("_") or name in EFFECTIVE_FIELDS or value is None or value == defaults.get(name):
                 continue
@@ -151,6 +178,15 @@ class DiffusionGenerationMixin(GenerationMixin):
         if config.num_return_sequences < 1:
             raise ValueError(f"`num_return_sequences` must be at least 1, got {config.num_return_sequences}.")
         return config
+
+    def _set_default_strategies(self, config: DiffusionGenerationConfig) -> None:
+        if config.strategy is None:
+            config.strategy = self.default_strategy(config.max_denoising_steps, in_block=False)
+        if config.strategy == SEMI_AUTOREGRESSIVE:
+            if config.block_strategy is None:
+                config.block_strategy = self.default_strategy(config.max_denoising_steps, in_block=True)
+            if config.block_length is None:
+                config.block_length = self.generation_block_size
 
     def _prepare_canvas(
         self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, config: DiffusionGenerationConfig
@@ -179,8 +215,9 @@ class DiffusionGenerationMixin(GenerationMixin):
         appended = self._num_appended(input_ids, config)
         input_ids = torch.nn.functional.pad(input_ids, (0, appended), value=self.config.mask_token_id)
         attention_mask = torch.nn.functional.pad(attention_mask, (0, appended), value=1)
-        # Positions to fill are text too: prompt and `max_new_tokens` share the context.
-        check_length(input_ids, attention_mask.bool(), self.config.max_position_embeddings)
+        if config.strategy != SEMI_AUTOREGRESSIVE or self.has_exact_cache:
+            # Positions to fill are text too: prompt and `max_new_tokens` share the context.
+            check_length(input_ids, attention_mask.bool(), self.config.max_position_embeddings)
         repeats = config.num_return_sequences
         return input_ids.repeat_interleave(repeats, dim=0), attention_mask.repeat_interleave(repeats, dim=0)
 
@@ -200,111 +237,84 @@ class DiffusionGenerationMixin(GenerationMixin):
             )
         return max_length - length
 
+    def _blocks(
+        self, to_fill: torch.Tensor, attention_mask: torch.Tensor, config: DiffusionGenerationConfig
+    ) -> torch.Tensor:
+        """Block [batch, length] of every position to fill (see `strategies.filling.Canvas`)."""
+        if config.block_length is None:
+            return torch.zeros_like(attention_mask)
+        rank = attention_mask.cumsum(dim=1) - 1
+        if self.generation_block_size is not None:
+            number = rank // config.block_length
+        elif config.sliding_window:
+            context = self.config.max_position_embeddings
+            number = (rank - context).div(config.block_length, rounding_mode="floor").clamp(min=-1) + 1
+        else:
+            number = (to_fill.cumsum(dim=1) - 1) // config.block_length
+        # Without the blocks in which everything is given.
+        highest = number.masked_fill(~to_fill, -1).cummax(dim=1).values
+        begins = to_fill & (number > torch.nn.functional.pad(highest, (1, 0), value=-1)[:, :-1])
+        return (begins.cumsum(dim=1) - 1).clamp(min=0)
+
     def _fill(
         self,
         canvas: torch.Tensor,
         attention_mask: torch.Tensor,
-        masked: torch.Tensor,
-        block_index: torch.Tensor,
+        to_fill: torch.Tensor,
+        strategy: Strategy,
         config: DiffusionGenerationConfig,
         streamer: Any,
         generator: torch.Generator | None,
     ) -> torch.Tensor | DiffusionGenerateOutput:
-        """Draw the masked positions of `canvas`, step by step."""
-        device, to_fill, may_end = canvas.device, masked.cpu(), _may_end(masked, attention_mask)
-        num_given = (attention_mask.cpu().bool() & ~to_fill).sum(dim=1, keepdim=True)
-        steps = torch.where(to_fill, block_index - num_given, -1)
-        # One uniform per position, drawn in advance: the text does not depend on how rows are batched.
-        uniforms = torch.rand(canvas.shape, dtype=torch.float64, generator=generator).to(device)
+        """Draw the masked positions of `canvas`, pass by pass."""
+        batch_size, length = canvas.shape
+        # Uniforms belong to positions and are drawn in advance: the text does not depend on how rows are batched.
+        shape = (batch_size, strategy.num_planes(config), length)
+        uniforms = torch.rand(shape, dtype=torch.float64, generator=generator).to(canvas.device)
+        plan = Canvas(to_fill, self._blocks(to_fill, attention_mask, config), uniforms, self.mask_levels)
+        filling = strategy.begin(config, plan)
+        use_cache = bool(config.use_cache) and self.has_exact_cache
+        reader = Reader(self, plan, attention_mask, filling, use_cache)
         processors = self._get_logits_processor(
-            generation_config=config, input_ids_seq_length=canvas.shape[1], device=str(device)
+            generation_config=config, input_ids_seq_length=length, device=str(canvas.device)
         )
-        eos_token_ids = torch.tensor(_as_list(config.eos_token_id), device=device, dtype=torch.long)
-        feed = StreamerFeed(streamer, canvas, masked) if streamer is not None else None
-        canvas, block_index, cache, nfe = canvas.clone(), block_index.to(device), None, 0
-        for step in range(int(steps.max()) + 1 if steps.numel() else 0):
-            query_positions = _positions_where(steps == step).to(device)
-            outputs = self(
-                input_ids=canvas,
-                attention_mask=attention_mask,
-                block_index=block_index,
-                query_positions=query_positions,
-                past_key_values=cache,
-                use_cache=config.use_cache,
-            )
-            cache, nfe = outputs.past_key_values, nfe + 1
-            rows, columns = (query_positions >= 0).nonzero(as_tuple=True)
-            positions = query_positions[rows, columns]
-            logits = outputs.logits[rows, columns]
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        ending = Ending(to_fill, attention_mask, _as_list(config.eos_token_id), config.pad_token_id)
+        feed = StreamerFeed(streamer, canvas, to_fill) if streamer is not None else None
+        canvas, masked, steps = canvas.clone(), to_fill, torch.full_like(canvas, -1)
+        while True:
+            step = filling.next_pass(masked)
+            if step.remasked is not None:
+                canvas = canvas.masked_fill(step.remasked, self.config.mask_token_id)
+                masked = masked | step.remasked
+            asked = step.asked & ~ending.reached(canvas, masked)[:, None]
+            rows = asked.any(dim=1).nonzero()[:, 0]
+            if not len(rows):
+                break
+            logits = reader.read(rows, canvas, asked, step.level)
             if self.config.mask_token_id < logits.shape[-1]:  # text never holds the sign for a position to fill
                 logits[:, self.config.mask_token_id] = -torch.inf
-            scores = processors(canvas[rows], logits)
+            kept = filling.choose(asked, logits)
+            scores = processors(canvas[kept.nonzero()[:, 0]], logits[kept[asked]])
             if config.do_sample:
-                tokens = sample_categorical(scores, uniforms[rows, positions])
+                canvas[kept] = sample_categorical(scores, step.uniforms[kept])
             else:
-                tokens = scores.argmax(dim=-1)
-            canvas[rows, positions] = tokens
-            masked = masked.index_put((rows, positions), torch.zeros_like(tokens, dtype=torch.bool))
+                canvas[kept] = scores.argmax(dim=-1)
+            steps = torch.where(kept, reader.passes[:, None] - 1, steps)
+            masked = masked & ~kept
             if feed is not None:
-                feed.step(canvas, masked)
-            if len(eos_token_ids) and bool(_ended(canvas, masked, may_end, eos_token_ids).all()):
-                break
-        canvas, generated = _cut_after_end(canvas, to_fill.to(device), may_end, eos_token_ids, config.pad_token_id)
+                feed.step(canvas, filling.unsettled(masked))
+        canvas, generated = ending.cut(canvas)
         if feed is not None:
             feed.end(canvas)
         if not config.return_dict_in_generate:
             return canvas
         return DiffusionGenerateOutput(
             sequences=canvas,
-            nfe=nfe,
-            tokens_per_forward=generated.sum(dim=1) / max(nfe, 1),
-            steps=torch.where(generated, steps.to(device), -1),
-            past_key_values=cache,
+            nfe=reader.nfe,
+            tokens_per_forward=generated.sum(dim=1) / reader.passes.clamp(min=1),
+            steps=torch.where(generated, steps, -1),
+            past_key_values=reader.cache if len(reader.rows) == batch_size else None,
         )
-
-
-def _positions_where(flags: torch.Tensor) -> torch.Tensor:
-    """Positions of the True entries of each row of `flags` [batch, length], in order, filled up with -1."""
-    counts = flags.sum(dim=1, keepdim=True)
-    width = int(counts.max())
-    positions = flags.int().argsort(dim=1, descending=True, stable=True)[:, :width]
-    return positions.masked_fill(torch.arange(width) >= counts, -1)
-
-
-def _may_end(to_fill: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """Bool [batch, length]: positions to fill with no given token after them, where an end token ends the text."""
-    given = (attention_mask.bool() & ~to_fill).long()
-    return to_fill & (given.flip(1).cumsum(1).flip(1) == 0)
-
-
-def _ended(
-    canvas: torch.Tensor, masked: torch.Tensor, may_end: torch.Tensor, eos_token_ids: torch.Tensor
-) -> torch.Tensor:
-    """Bool [batch]: rows whose text has ended with no masked position before the end, or with nothing left to fill."""
-    gap_before = masked.cumsum(dim=1) > 0
-    ends = torch.isin(canvas, eos_token_ids) & may_end
-    return (ends & ~gap_before).any(dim=1) | ~masked.any(dim=1)
-
-
-def _cut_after_end(
-    canvas: torch.Tensor,
-    to_fill: torch.Tensor,
-    may_end: torch.Tensor,
-    eos_token_ids: torch.Tensor,
-    pad_token_id: int | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Padding at the generated positions after the token that ends the text.
-
-    Returns:
-        The canvas, and a bool tensor [batch, length] that is True at generated tokens that are text.
-    """
-    if not len(eos_token_ids):
-        return canvas, to_fill
-    ends = torch.isin(canvas, eos_token_ids) & may_end
-    after_end = (ends.cumsum(dim=1) - ends.long() > 0) & to_fill
-    pad = pad_token_id if pad_token_id is not None else int(eos_token_ids[0])
-    return canvas.masked_fill(after_end, pad), to_fill & ~after_end
 
 
 def _as_list(token_ids: int | list[int] | None) -> list[int]:

@@ -12,12 +12,12 @@ class DiffusionGenerateOutput(ModelOutput):
     """
     Args:
         sequences: long [batch, length], prompt and generated text; padding after the end-of-sequence token.
-        nfe: number of network evaluations (forward passes).
+        nfe: number of network evaluations (forward passes) of the whole batch.
         tokens_per_forward: float [batch], generated tokens up to and including the end-of-sequence token, divided by
-            `nfe`.
-        steps: long [batch, length], the step in which each token was drawn, counted from 0; -1 for given tokens and
-            padding.
-        past_key_values: the cache, if one was used.
+            the number of passes that the row took part in.
+        steps: long [batch, length], the row's pass in which each token was drawn, counted from 0; -1 for given tokens
+            and padding.
+        past_key_values: the cache, if one was used and all rows went on to the last pass.
     """
 
     sequences: torch.Tensor | None = None

@@ -20,12 +20,12 @@ class StreamerFeed:
         self.shown = _first_gap(masked)
         streamer.put(canvas[:, : self.shown].cpu())
 
-    def step(self, canvas: torch.Tensor, masked: torch.Tensor) -> None:
-        """Show `canvas` [batch, length] after a step; `masked` (bool) marks what is still to be drawn."""
+    def step(self, canvas: torch.Tensor, unsettled: torch.Tensor) -> None:
+        """Show `canvas` [batch, length] after a step; `unsettled` (bool) marks what may still change."""
         if self.takes_drafts:
             self.streamer.put_draft(canvas[:, self.shown :].cpu())
         else:
-            self._put_until_gap(canvas, masked)
+            self._put_until_gap(canvas, unsettled)
 
     def end(self, sequences: torch.Tensor) -> None:
         """Show what is left of the finished `sequences` [batch, length]."""

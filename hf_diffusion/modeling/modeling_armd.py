@@ -288,6 +288,7 @@ class ARMDForMaskedDiffusion(ARMDPreTrainedModel, DiffusionGenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     accepts_loss_kwargs = True
+    reads_block_index = True
 
     def __init__(self, config: ARMDConfig) -> None:
         super().__init__(config)

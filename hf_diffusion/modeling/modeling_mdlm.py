@@ -156,6 +156,27 @@ class MDLMForMaskedDiffusion(MDLMPreTrainedModel, DiffusionGenerationMixin):
         self.lm_head = linear_with_std(config.hidden_size, config.vocab_size, std=0.0, bias=True)
         self.post_init()
 
+    has_exact_cache = False
+
+    def default_strategy(self, max_denoising_steps: int | None, in_block: bool) -> str:
+        return "first_hitting" if max_denoising_steps is None else "ancestral"
+
+    def mask_levels(self, num_steps: int) -> torch.Tensor:
+        schedule, t = self.config.make_schedule(), torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+        levels = schedule.mask_probability(t) / schedule.mask_probability(t[0])
+        levels[-1] = 0.0  # some schedules mask tokens at time 0 already; the last step reveals them too
+        return levels
+
+    def inputs_of_all_passes(self) -> dict[str, Any]:
+        return {} if self.config.time_conditioning else {"modulations": self.model.modulations()}
+
+    def inputs_at_level(self, level: torch.Tensor) -> dict[str, Any]:
+        if not self.config.time_conditioning:
+            return {}
+        schedule = self.config.make_schedule()
+        most = schedule.mask_probability(torch.ones((), dtype=torch.float64, device=level.device))
+        return {"t": schedule.time_at_mask_probability(level * most).clamp(0, 1)}
+
     @can_return_tuple
     def forward(
         self,

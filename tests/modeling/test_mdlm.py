@@ -2,11 +2,10 @@
 
 import json
 import math
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
+from golden_mdlm import VARIANTS, load_golden
 from safetensors.torch import load_file
 from tiny_mdlm import text, tiny
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
@@ -15,34 +14,9 @@ from hf_diffusion import MDLMConfig, MDLMForMaskedDiffusion
 from hf_diffusion.diffusion.masking import NoisedText, draw_noised_text, subs_log_probs
 
 
-@dataclass
-class Golden:
-    folder: Path
-    tensors: dict[str, torch.Tensor]
-    mask_token_id: int
-
-    def __getitem__(self, name):
-        return self.tensors[name]
-
-    def model(self, auto_class=AutoModelForMaskedLM, **settings):
-        # A published config does not name its mask token; it is the last one unless the tokenizer has one of its own.
-        if self.folder.name == "subs_bertmask":
-            settings["mask_token_id"] = self.mask_token_id
-        return auto_class.from_pretrained(self.folder / "hf", **settings).eval()
-
-    def noise(self, model):
-        """What the network has to be told."""
-        return {"sigma": self["sigma"]} if model.config.time_conditioning else {}
-
-    def labels(self):
-        return self["x0"].masked_fill(self["attention_mask"] == 0, -100)
-
-
-@pytest.fixture(params=["subs", "subs_tc", "subs_bertmask"])
+@pytest.fixture(params=VARIANTS)
 def golden(request, shared):
-    folder = shared / "golden/mdlm" / request.param
-    facts = json.loads((folder / "golden.json").read_text())
-    return Golden(folder, load_file(folder / "golden.safetensors"), facts["mask_index"])
+    return load_golden(shared, request.param)
 
 
 def ours(published):

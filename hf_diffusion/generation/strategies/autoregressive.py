@@ -1,9 +1,14 @@
-"""Left to right, one position per step."""
+"""Left to right, one position per pass."""
 
 import torch
 
 from ..configuration import DiffusionGenerationConfig
+from .filling import Canvas, Strategy, ranks
+from .planned import planned
 
 
-def steps(num_positions: int, config: DiffusionGenerationConfig) -> torch.Tensor:
-    return torch.arange(num_positions)
+def keys(config: DiffusionGenerationConfig, canvas: Canvas) -> torch.Tensor:
+    return ranks(canvas.to_fill, canvas.block)[0]
+
+
+AUTOREGRESSIVE = Strategy("autoregressive", planned(keys))

@@ -1,0 +1,61 @@
+"""Which strategies and settings go with which family, each refusal with its reason."""
+
+from typing import Any
+
+from .configuration import DiffusionGenerationConfig
+from .strategies import SEMI_AUTOREGRESSIVE
+from .strategies.filling import Strategy
+
+
+def check_compatible(model: Any, strategy: Strategy, config: DiffusionGenerationConfig, in_call: set[str]) -> None:
+    """Raise ValueError for a setting that the model cannot act on.
+
+    Args:
+        model: a `DiffusionGenerationMixin`.
+        strategy: what fills the canvas, or each of its blocks.
+        in_call: names of the arguments that the user has passed to `generate`.
+    """
+    name = type(model).__name__
+    if model.reads_block_index:
+        reason = f"{name} reads tokens in the order in which they are drawn, which is therefore laid down beforehand"
+        if not strategy.planned:
+            raise ValueError(
+                f'The strategy "{strategy.name}" chooses positions as it goes, but {reason}. Take "strided", '
+                '"semi_autoregressive" or "first_hitting".'
+            )
+        _refuse(config, ("remasking", "reference_sampler"), reason)
+    if model.has_exact_cache:
+        _refuse(config, ("approximate_cache",), f"the cache of {name} is exact")
+        _refuse(config, ("sliding_window",), f"{name} reads all of the text that it has written")
+    elif "use_cache" in in_call and config.use_cache:
+        raise ValueError(
+            f"`use_cache`=True: every position of {name} reads every other one, so nothing can be kept from one pass to "
+            'the next exactly. Leave it out; `approximate_cache` (with `strategy="semi_autoregressive"`) is an '
+            "approximation that reports its error."
+        )
+    block_size = model.generation_block_size
+    if block_size is not None:
+        if config.strategy not in (SEMI_AUTOREGRESSIVE, "autoregressive"):
+            raise ValueError(
+                f'`strategy="{config.strategy}"`: this model draws blocks of {block_size} positions from left to right. '
+                f'Set `strategy="{SEMI_AUTOREGRESSIVE}"`, and `block_strategy` for the order inside a block.'
+            )
+        if config.block_length not in (None, block_size):
+            raise ValueError(
+                f"`block_length` ({config.block_length}) must be the model's own `block_size` ({block_size}). Leave it "
+                "out."
+            )
+    if (config.remasking is None) != (config.remasking_strength is None):
+        raise ValueError(
+            f"`remasking` ({config.remasking!r}) and `remasking_strength` ({config.remasking_strength!r}) go together: "
+            "set both or neither."
+        )
+    if config.reference_sampler is not None and config.remasking is not None:
+        raise ValueError("`remasking` is no part of the reference sampler. Leave out one of the two.")
+
+
+def _refuse(config: DiffusionGenerationConfig, fields: tuple[str, ...], reason: str) -> None:
+    for field in fields:
+        value = getattr(config, field)
+        if value:
+            raise ValueError(f"`{field}`={value!r} has no effect here: {reason}. Leave it out.")

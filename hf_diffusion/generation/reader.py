@@ -1,0 +1,107 @@
+"""The network as one call of `generate` sees it: pass after pass over the rows that are not finished yet."""
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+
+from ..diffusion.orders import after_given
+from .strategies.filling import Canvas, Filling
+
+
+class Reader:
+    """Turns positions that are asked for into logits.
+
+    Rows that are finished leave the passes, and the cache, for good. Where the canvas is longer than the context, a pass
+    reads the window that ends with the block being filled.
+
+    Args:
+        model: a `DiffusionGenerationMixin`.
+        canvas: what is being filled.
+        attention_mask: [batch, length], 0 at padding.
+        filling: knows the order beforehand, if the model must (`reads_block_index`).
+        use_cache: let the model keep a cache from pass to pass.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        canvas: Canvas,
+        attention_mask: torch.Tensor,
+        filling: Filling,
+        use_cache: bool,
+    ) -> None:
+        self.model, self.canvas, self.real = model, canvas, attention_mask.bool()
+        self.context = model.config.max_position_embeddings
+        self.inputs: dict[str, Any] = model.inputs_of_all_passes()
+        self.block_index = None
+        if model.reads_block_index:
+            assert filling.steps is not None
+            self.block_index = after_given(filling.steps, self.real)
+        self.use_cache = use_cache
+        self.cache: Cache | None = None
+        self.rows = torch.arange(len(self.real), device=self.real.device)
+        self.passes = torch.zeros_like(self.rows)
+        self.nfe = 0
+
+    def read(
+        self, rows: torch.Tensor, input_ids: torch.Tensor, asked: torch.Tensor, level: torch.Tensor | None
+    ) -> torch.Tensor:
+        """One pass.
+
+        Args:
+            rows: long [rows], the rows of the batch to read; never one that was left out before.
+            input_ids: long [batch, length].
+            asked: bool [batch, length], the positions to predict.
+            level: [batch], the expected share of masked positions; the actual one if not given.
+
+        Returns:
+            [asked in `rows`, vocab_size], in the order of (row, position); float32 or wider.
+        """
+        if len(rows) < len(self.rows):
+            if self.cache is not None:
+                self.cache.batch_select_indices(torch.isin(self.rows, rows).nonzero()[:, 0])
+            self.rows = rows
+        input_ids, asked, real = input_ids[rows], asked[rows], self.real[rows]
+        block_index = None if self.block_index is None else self.block_index[rows]
+        if int(real.sum(dim=1).max()) > self.context:
+            columns = self._window(rows, asked)
+            inside, index = columns >= 0, columns.clamp(min=0)
+            input_ids, asked, real = input_ids.gather(1, index), asked.gather(1, index) & inside, inside
+        inputs = dict(self.inputs)
+        if block_index is not None:
+            inputs["block_index"] = block_index
+        if self.use_cache:
+            inputs.update(past_key_values=self.cache, use_cache=True)
+        if level is None:
+            masked = real & (input_ids == self.model.config.mask_token_id)
+            level = masked.sum(dim=1) / real.sum(dim=1)
+        else:
+            level = level[rows]
+        inputs.update(self.model.inputs_at_level(level))
+        query_positions = positions_where(asked)
+        outputs = self.model(
+            input_ids=input_ids, attention_mask=real.long(), query_positions=query_positions, return_dict=True, **inputs
+        )
+        self.cache = outputs.past_key_values
+        self.passes[rows] += 1
+        self.nfe += 1
+        logits = outputs.logits[query_positions >= 0]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def _window(self, rows: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
+        """Columns [rows, window] of the canvas to read, -1 for none: a context full, up to the end of the block."""
+        real, block = self.real[rows], self.canvas.block[rows]
+        rank = real.cumsum(dim=1) - 1
+        current = block.masked_fill(~asked, -1).amax(dim=1, keepdim=True)
+        end = rank.masked_fill(~self.canvas.to_fill[rows] | (block != current), -1).amax(dim=1, keepdim=True) + 1
+        start = (end - self.context).clamp(min=0)
+        return positions_where(real & (rank >= start) & (rank < start + self.context))
+
+
+def positions_where(flags: torch.Tensor) -> torch.Tensor:
+    """Positions of the True entries of each row of `flags` [batch, length], in order, filled up with -1."""
+    counts = flags.sum(dim=1, keepdim=True)
+    width = int(counts.max())
+    positions = flags.int().argsort(dim=1, descending=True, stable=True)[:, :width]
+    return positions.masked_fill(torch.arange(width, device=flags.device) >= counts, -1)

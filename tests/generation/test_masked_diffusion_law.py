@@ -1,0 +1,254 @@
+"""Masked diffusion draws from the law that it states: every strategy against its Markov chain, by enumeration of a toy.
+
+The chain runs over all canvases of a few positions, tokens and the mask. In each of its steps every position is revealed
+or masked again with a probability of its own, given the canvas; that probability is what the cases below spell out.
+"""
+
+import itertools
+
+import pytest
+import torch
+from scipy import stats
+from tiny_mdlm import tiny
+
+from hf_diffusion import MDLMConfig, MDLMForMaskedDiffusion
+
+
+VOCAB, LENGTH, DRAWS, MASK = 3, 4, 100_000, 3
+NOTHING, INFILL = [MASK] * 4, [MASK, 2, MASK, MASK]
+CANVASES = torch.tensor(list(itertools.product(range(VOCAB + 1), repeat=LENGTH)))
+MASKED = CANVASES == MASK
+
+
+def toy(**settings):
+    shape = {"vocab_size": VOCAB + 1, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    return tiny(torch.float32, **shape, num_attention_heads=1, **settings)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return toy()
+
+
+@torch.no_grad()
+def predictions(model, **inputs):
+    """Probabilities [canvases, positions, tokens] of what each mask hides."""
+    return model(CANVASES, **inputs).logits[..., :VOCAB].double().softmax(-1)
+
+
+def transition(predicted, reveal, remask=None):
+    """Probability [canvases, canvases] to go from one canvas to another in one step.
+
+    Args:
+        predicted: [canvases, positions, tokens].
+        reveal, remask: [canvases, positions], probability that a masked position is revealed, a visible one masked.
+    """
+    remask = torch.zeros_like(reveal) if remask is None else remask
+    visible = torch.nn.functional.one_hot(CANVASES, VOCAB + 1).double()
+    stays = (1 - remask)[..., None] * visible + remask[..., None] * torch.eye(VOCAB + 1)[MASK].double()
+    draws = torch.cat([reveal[..., None] * predicted, 1 - reveal[..., None]], dim=-1)
+    position = torch.where(MASKED[..., None], draws, stays)
+    chosen = position[:, None].expand(-1, len(CANVASES), -1, -1)
+    return chosen.gather(-1, CANVASES[None, ..., None].expand(len(CANVASES), -1, -1, 1))[..., 0].prod(-1)
+
+
+def p_value(model, canvas, chain, **arguments):
+    """Compare DRAWS texts from `canvas` with where the transitions of `chain` lead to."""
+    canvas = torch.tensor(canvas)
+    law = (canvas == CANVASES).all(-1).double()
+    for step in chain:
+        law = law @ step
+    assert float(law.sum()) == pytest.approx(1, abs=1e-12)
+    assert float(law[MASKED.any(-1)].sum()) == pytest.approx(0, abs=1e-12)
+    drawn = model.generate(canvas[None], num_return_sequences=DRAWS, max_length=LENGTH, **arguments)
+    powers = (VOCAB + 1) ** torch.arange(LENGTH).flip(0)
+    counts = torch.bincount((drawn * powers).sum(-1), minlength=len(CANVASES)).double()
+    expected = law * DRAWS
+    often = expected >= 5
+    observed = torch.cat([counts[often], counts[~often].sum()[None]])
+    expected = torch.cat([expected[often], expected[~often].sum()[None]])
+    return stats.chisquare(observed[expected > 0], expected[expected > 0]).pvalue
+
+
+def grid(num_steps, share=lambda t: t):
+    """Shares of masked positions before and after each of the steps."""
+    levels = [share(1 - step / num_steps) / share(1) for step in range(num_steps)] + [0.0]
+    return itertools.pairwise(levels)
+
+
+def everywhere(probability):
+    return torch.full((len(CANVASES), LENGTH), probability, dtype=torch.float64)
+
+
+def one_of(eligible):
+    """Transitions that each reveal one position, each equally likely of those `eligible` [canvases, positions]."""
+
+    def mixture(predicted):
+        count = eligible.sum(-1, keepdim=True).clamp(min=1).double()
+        total = torch.eye(len(CANVASES), dtype=torch.float64) * (~eligible.any(-1))[:, None]
+        for position in range(LENGTH):
+            only = torch.zeros(len(CANVASES), LENGTH, dtype=torch.float64)
+            only[:, position] = 1
+            total += (eligible[:, position, None] / count) * transition(predicted, only)
+        return total
+
+    return mixture
+
+
+CANVAS_CASES = pytest.mark.parametrize("canvas", [NOTHING, INFILL], ids=["nothing", "infill"])
+
+
+@CANVAS_CASES
+@pytest.mark.parametrize("num_steps", [1, 4, 64])
+def test_ancestral(model, canvas, num_steps):
+    predicted = predictions(model)
+    chain = [transition(predicted, everywhere((before - after) / before)) for before, after in grid(num_steps)]
+    assert p_value(model, canvas, chain, strategy="ancestral", max_denoising_steps=num_steps) > 1e-3
+
+
+def test_ancestral_with_another_schedule():
+    model = toy(noise_schedule={"type": "polynomial", "power": 8.0})
+    predicted = predictions(model)
+    chain = [transition(predicted, everywhere((b - a) / b)) for b, a in grid(2, lambda t: t**8)]
+    assert p_value(model, NOTHING, chain, strategy="ancestral", max_denoising_steps=2) > 1e-3
+    straight = [transition(predicted, everywhere((b - a) / b)) for b, a in grid(2)]
+    assert p_value(model, NOTHING, straight, strategy="ancestral", max_denoising_steps=2) < 1e-6
+
+
+def test_ancestral_with_a_network_that_reads_the_noise_level():
+    model = toy(time_conditioning=True)
+    chain = [
+        transition(predictions(model, t=before), everywhere((before - after) / before)) for before, after in grid(4)
+    ]
+    assert p_value(model, NOTHING, chain, strategy="ancestral", max_denoising_steps=4) > 1e-3
+    one_time = [transition(predictions(model, t=1.0), everywhere((b - a) / b)) for b, a in grid(4)]
+    assert p_value(model, NOTHING, one_time, strategy="ancestral", max_denoising_steps=4) < 1e-6
+
+
+@CANVAS_CASES
+def test_first_hitting(model, canvas):
+    chain = [one_of(MASKED)(predictions(model))] * LENGTH
+    assert p_value(model, canvas, chain, strategy="first_hitting") > 1e-3
+
+
+@CANVAS_CASES
+def test_semi_autoregressive(model, canvas):
+    # Blocks are laid over the positions to fill, whatever is given between them.
+    in_first_block = MASKED & torch.tensor([True, True, canvas == INFILL, False])
+    eligible = torch.where(in_first_block.any(-1, keepdim=True), in_first_block, MASKED)
+    chain = [one_of(eligible)(predictions(model))] * LENGTH
+    assert p_value(model, canvas, chain, strategy="semi_autoregressive", block_length=2) > 1e-3
+
+
+@pytest.mark.parametrize("remasking", ["cap", "rescale"])
+@CANVAS_CASES
+def test_remasking(model, remasking, canvas):
+    predicted, drawn_again, chain = predictions(model), torch.tensor(canvas) == MASK, []
+    for before, after in grid(4):
+        # In the paper's terms: alpha = 1 - the share of masked positions.
+        alpha_t, alpha_s = 1 - before, 1 - after
+        sigma_max = min(1.0, (1 - alpha_s) / alpha_t) if alpha_t else 1.0
+        sigma = min(0.4, sigma_max) if remasking == "cap" else 0.4 * sigma_max
+        reveal = everywhere((alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t))
+        chain.append(transition(predicted, reveal, everywhere(sigma) * drawn_again))
+    arguments = {"strategy": "ancestral", "max_denoising_steps": 4, "remasking": remasking, "remasking_strength": 0.4}
+    assert p_value(model, canvas, chain, **arguments) > 1e-3
+
+
+def test_remasking_is_told_from_plain_sampling(model):
+    predicted = predictions(model)
+    plain = [transition(predicted, everywhere((before - after) / before)) for before, after in grid(4)]
+    arguments = {"strategy": "ancestral", "max_denoising_steps": 4, "remasking": "rescale", "remasking_strength": 1.0}
+    assert p_value(model, NOTHING, plain, **arguments) < 1e-6
+
+
+# From a canvas in which no two positions are equally sure, as they are in one of masks alone.
+START = CANVASES.tolist().index(INFILL)
+
+
+def highest(scores):
+    return torch.nn.functional.one_hot(scores.masked_fill(~MASKED, -torch.inf).argmax(-1), LENGTH).bool() & MASKED
+
+
+def by_confidence(predicted):
+    return predicted.amax(-1)
+
+
+def by_margin(predicted):
+    in_order = predicted.sort(-1, descending=True).values
+    return in_order[..., 0] - in_order[..., 1]
+
+
+def by_entropy(predicted):
+    return (predicted * predicted.log()).sum(-1)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "score"), [("confidence", by_confidence), ("margin", by_margin), ("entropy", by_entropy)]
+)
+def test_surest_position_first(model, strategy, score):
+    predicted = predictions(model)
+    chain = [transition(predicted, highest(score(predicted)).double())] * LENGTH
+    assert p_value(model, INFILL, chain, strategy=strategy) > 1e-3
+
+
+def test_several_sure_positions_in_each_of_few_steps(model):
+    predicted = predictions(model)
+    first = highest(by_confidence(predicted))
+    second = highest(by_confidence(predicted).masked_fill(first, -1.0)) & ~first
+    # Three positions in two steps: two, then one.
+    chain = [transition(predicted, (first | second).double()), transition(predicted, MASKED.double())]
+    assert p_value(model, INFILL, chain, strategy="confidence", max_denoising_steps=2) > 1e-3
+
+
+def test_positions_above_a_threshold_are_kept_together(model):
+    predicted = predictions(model)
+    confidence = by_confidence(predicted)
+    threshold = 0.8
+    kept = (confidence > threshold) & MASKED | highest(confidence)
+    assert {1, 2} <= set(kept.sum(-1).tolist())
+    chain = [transition(predicted, kept.double())] * LENGTH
+    arguments = {"strategy": "confidence", "confidence_threshold": threshold}
+    assert p_value(model, INFILL, chain, **arguments) > 1e-3
+
+
+def test_positions_within_an_entropy_bound_are_kept_together(model):
+    predicted = predictions(model)
+    entropy = -by_entropy(predicted)
+    bound = 0.7 * float(entropy[START][[0, 2, 3]].sort().values[:2].sum())
+    kept = torch.zeros_like(MASKED)
+    for row, masked in enumerate(MASKED):
+        positions = sorted(masked.nonzero()[:, 0].tolist(), key=lambda position: float(entropy[row, position]))
+        for count in range(1, len(positions) + 1):
+            of_these = entropy[row, positions[:count]]
+            if float(of_these.sum() - of_these.max()) <= bound:
+                kept[row, positions[:count]] = True
+    assert int(kept[START].sum()) == 2
+    chain = [transition(predicted, kept.double())] * LENGTH
+    assert p_value(model, INFILL, chain, strategy="entropy", entropy_bound=bound) > 1e-3
+
+
+def test_a_large_vocabulary_at_a_thousand_steps_is_drawn_exactly():
+    """Where a float32 race over all tokens reveals 0.69 of the positions that it should (arXiv 2409.02908)."""
+    vocabulary, length, rows, num_steps = 50_257, 128, 12, 1000
+    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": length}
+    model = MDLMForMaskedDiffusion(MDLMConfig(vocab_size=vocabulary + 1, **shape)).eval()
+    zipf = 1 / torch.arange(1, vocabulary + 2, dtype=torch.float64)
+    model.lm_head.bias.data.copy_(zipf.log())  # all other weights of a fresh head are zero
+    output = model.generate(
+        num_return_sequences=rows,
+        max_new_tokens=length,
+        strategy="ancestral",
+        max_denoising_steps=num_steps,
+        return_dict_in_generate=True,
+        generator=torch.Generator().manual_seed(0),
+    )
+    # A row needs a pass for every step in which at least one of its positions is revealed.
+    passes = length / output.tokens_per_forward.double()
+    occupied = num_steps * (1 - (1 - 1 / num_steps) ** length)
+    assert abs(float(passes.mean()) - occupied) < 4 * float(passes.std()) / rows**0.5
+    law = zipf[:vocabulary] / zipf[:vocabulary].sum()
+    edges = torch.tensor([0, 1, 3, 10, 30, 100, 300, 1000, 3000, 10_000, 30_000, vocabulary])
+    counts = torch.histogram(output.sequences.flatten().double(), edges.double() - 0.5).hist
+    expected = torch.stack([law[a:b].sum() for a, b in itertools.pairwise(edges.tolist())]) * rows * length
+    assert stats.chisquare(counts, expected).pvalue > 1e-3
