@@ -95,7 +95,8 @@ def tasks_of_plain(plain: PlainMDLM, text: torch.Tensor, noised: NoisedText) -> 
 def check_agreement(model: MDLMForMaskedDiffusion, plain: PlainMDLM) -> None:
     """Raise RuntimeError unless both sides compute the same thing: otherwise their times say nothing."""
     text, noised = random_text(1, model.config.mask_token_id)
-    model.eval(), plain.eval()
+    model.eval()
+    plain.eval()
     logits, expected = model(noised.input_ids).logits, plain(noised.input_ids)
     difference = (logits - expected)[..., : model.config.mask_token_id].abs().max()
     losses = float(model(text, labels=text, noised=noised).loss), float(plain.loss(text, noised))
@@ -133,18 +134,19 @@ def in_own_process(function: Callable[..., float], *arguments: Any) -> float:
         return pool.submit(function, *arguments).result()
 
 
-def passes_and_training(size: str, model: MDLMForMaskedDiffusion, plain: PlainMDLM, arguments: Any) -> list[list[Any]]:
+def passes_and_training(
+    size: str, batch_size: int, model: MDLMForMaskedDiffusion, plain: PlainMDLM, rounds: int
+) -> list[list[Any]]:
     """Rows of the first table."""
+    drawn = random_text(batch_size, model.config.mask_token_id)
+    ours, theirs = tasks_of_ours(model, *drawn), tasks_of_plain(plain, *drawn)
     rows = []
-    for batch_size in arguments.batch_sizes:
-        drawn = random_text(batch_size, model.config.mask_token_id)
-        ours, theirs = tasks_of_ours(model, *drawn), tasks_of_plain(plain, *drawn)
-        for task in ours:
-            seconds = best_seconds({"ours": ours[task], "plain": theirs[task]}, arguments.rounds, clock=process_time)
-            peak = {side: in_own_process(peak_memory, size, batch_size, side, task) for side in seconds}
-            rates = [batch_size * LENGTH / value for value in seconds.values()]
-            ratio = seconds["plain"] / seconds["ours"]
-            rows.append([f"{task} {size}", batch_size, *rates, ratio, *peak.values(), peak["ours"] / peak["plain"]])
+    for task in ours:
+        seconds = best_seconds({"ours": ours[task], "plain": theirs[task]}, rounds, clock=process_time)
+        peak = {side: in_own_process(peak_memory, size, batch_size, side, task) for side in seconds}
+        rates = [batch_size * LENGTH / value for value in seconds.values()]
+        ratio = seconds["plain"] / seconds["ours"]
+        rows.append([f"{task} {size}", batch_size, *rates, ratio, *peak.values(), peak["ours"] / peak["plain"]])
     return rows
 
 
@@ -157,47 +159,47 @@ def expected_passes(batch_size: int, num_steps: int) -> float:
     return 1 + (num_steps - 1) * reveals + 1
 
 
-def sampling(size: str, model: MDLMForMaskedDiffusion, plain: PlainMDLM, arguments: Any) -> list[list[Any]]:
+def sampling(
+    size: str, batch_size: int, model: MDLMForMaskedDiffusion, plain: PlainMDLM, arguments: argparse.Namespace
+) -> list[list[Any]]:
     """Rows of the second table."""
-    rows = []
-    model.eval(), plain.eval()
-    for batch_size in arguments.batch_sizes:
-        passes: dict[str, int] = {}
+    model.eval()
+    plain.eval()
+    passes: dict[str, int] = {}
 
-        def ours(num_steps: int, batch_size: int = batch_size, passes: dict[str, int] = passes) -> None:
-            output = model.generate(
-                strategy="ancestral",
-                max_denoising_steps=num_steps,
-                max_new_tokens=LENGTH,
-                num_return_sequences=batch_size,
-                return_dict_in_generate=True,
-            )
-            passes[f"ours {num_steps}"] = output.nfe
+    def ours(num_steps: int) -> None:
+        output = model.generate(
+            strategy="ancestral",
+            max_denoising_steps=num_steps,
+            max_new_tokens=LENGTH,
+            num_return_sequences=batch_size,
+            return_dict_in_generate=True,
+        )
+        passes[f"ours {num_steps}"] = output.nfe
 
-        def whole(num_steps: int, batch_size: int = batch_size, passes: dict[str, int] = passes) -> None:
-            passes[f"plain {num_steps}"] = plain.sample(batch_size, LENGTH, num_steps).passes
+    def whole(num_steps: int) -> None:
+        passes[f"plain {num_steps}"] = plain.sample(batch_size, LENGTH, num_steps).passes
 
-        canvas = random_text(batch_size, model.config.mask_token_id)[1].input_ids
-        probs = plain.probs(canvas)
-        half, before = torch.tensor(0.5), torch.tensor(0.499)
-        steps = {"pass": partial(plain.probs, canvas), "draw": partial(plain.step, canvas, probs, half, before)}
-        samplers = {f"ours {num_steps}": partial(ours, num_steps) for num_steps in arguments.steps}
+    canvas = random_text(batch_size, model.config.mask_token_id)[1].input_ids
+    probs, t, s = plain.probs(canvas), torch.tensor(0.5), torch.tensor(0.499)
+    cases: dict[str, Task] = {"pass": partial(plain.probs, canvas), "draw": partial(plain.step, canvas, probs, t, s)}
+    for num_steps in arguments.steps:
+        cases[f"ours {num_steps}"] = partial(ours, num_steps)
         if arguments.whole:
-            samplers |= {f"plain {num_steps}": partial(whole, num_steps) for num_steps in arguments.steps}
-        ours(1)
-        seconds = best_seconds({**steps, **samplers}, arguments.rounds, warm_up=False, clock=process_time)
-        for num_steps in arguments.steps:
-            name, plain_name = f"ours {num_steps}", f"plain {num_steps}"
-            if not arguments.whole:
-                passes[plain_name] = round(expected_passes(batch_size, num_steps))
-                seconds[plain_name] = passes[plain_name] * seconds["pass"] + num_steps * seconds["draw"]
-            rows.append(
-                [
-                    *(f"sampling {size}", batch_size, num_steps),
-                    *(passes[name], seconds[name], passes[plain_name], seconds[plain_name]),
-                    *(1000 * seconds["pass"], 1000 * seconds["draw"], seconds[plain_name] / seconds[name]),
-                ]
-            )
+            cases[f"plain {num_steps}"] = partial(whole, num_steps)
+    ours(1)  # loads code
+    seconds = best_seconds(cases, arguments.rounds, warm_up=False, clock=process_time)
+
+    rows = []
+    for num_steps in arguments.steps:
+        name, plain_name = f"ours {num_steps}", f"plain {num_steps}"
+        if not arguments.whole:
+            passes[plain_name] = round(expected_passes(batch_size, num_steps))
+            seconds[plain_name] = passes[plain_name] * seconds["pass"] + num_steps * seconds["draw"]
+        row = [f"sampling {size}", batch_size, num_steps]
+        row += [passes[name], seconds[name], passes[plain_name], seconds[plain_name]]
+        row += [1000 * seconds["pass"], 1000 * seconds["draw"], seconds[plain_name] / seconds[name]]
+        rows.append(row)
     return rows
 
 
@@ -217,9 +219,10 @@ def main() -> None:
         model = random_model(size)
         plain = plain_twin(model)
         check_agreement(model, plain)
-        measured += passes_and_training(size, model, plain, arguments)
-        if arguments.steps:
-            sampled += sampling(size, model, plain, arguments)
+        for batch_size in arguments.batch_sizes:
+            measured += passes_and_training(size, batch_size, model, plain, arguments.rounds)
+            if arguments.steps:
+                sampled += sampling(size, batch_size, model, plain, arguments)
     report(
         f"length {LENGTH}, float32, one thread",
         ["task", "batch", "tokens/s", "plain", "x plain", "peak MiB", "plain", "share"],

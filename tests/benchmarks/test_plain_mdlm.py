@@ -1,37 +1,36 @@
 """What MDLM is timed against must be the reference's algorithm, and the same model."""
 
-import json
-
 import pytest
 import torch
+from golden_mdlm import load_golden
 from mdlm import LENGTH, check_agreement, expected_passes, plain_twin, random_model
 from plain_mdlm import PlainMDLM
 from safetensors.torch import load_file
-from transformers import AutoConfig
 
 
 @pytest.fixture(params=["subs", "subs_bertmask"])
 def golden(request, shared):
-    """The plain model with published weights, and the reference's numbers."""
-    folder = shared / "golden/mdlm" / request.param
-    mask_token_id = json.loads((folder / "golden.json").read_text())["mask_index"]
-    plain = PlainMDLM(AutoConfig.from_pretrained(folder / "hf", mask_token_id=mask_token_id)).eval()
-    plain.load_published(load_file(folder / "hf/model.safetensors"))
-    return plain, load_file(folder / "golden.safetensors")
+    return load_golden(shared, request.param)
+
+
+@pytest.fixture
+def plain(golden):
+    """The plain model with published weights."""
+    plain = PlainMDLM(golden.model().config).eval()
+    plain.load_published(load_file(golden.folder / "hf/model.safetensors"))
+    return plain
 
 
 class TestPlainMDLM:
-    def test_log_probs_are_the_references(self, golden):
-        plain, expected = golden
-        torch.testing.assert_close(plain(expected["xt"]), expected["ema.logits"], rtol=0, atol=2e-5)
-        torch.testing.assert_close(plain.log_probs(expected["xt"]), expected["ema.log_probs"], rtol=0, atol=2e-5)
+    def test_log_probs_are_the_references(self, golden, plain):
+        torch.testing.assert_close(plain(golden["xt"]), golden["ema.logits"], rtol=0, atol=2e-5)
+        torch.testing.assert_close(plain.log_probs(golden["xt"]), golden["ema.log_probs"], rtol=0, atol=2e-5)
 
-    def test_tokens_and_passes_are_the_references(self, golden):
-        plain, expected = golden
-        torch.manual_seed(51)
-        sample = plain.sample(*expected["sample.ddpm_cache.out"].shape, num_steps=24)
-        assert torch.equal(sample.sequences, expected["sample.ddpm_cache.out"])
-        assert sample.passes == expected["sample.ddpm_cache.nfe"]
+    def test_tokens_and_passes_are_the_references(self, golden, plain):
+        torch.manual_seed(golden.seeds["samplers"])
+        sample = plain.sample(*golden["sample.ddpm_cache.out"].shape, num_steps=24)
+        assert torch.equal(sample.sequences, golden["sample.ddpm_cache.out"])
+        assert sample.passes == golden["sample.ddpm_cache.nfe"]
 
 
 class TestBenchmark:
