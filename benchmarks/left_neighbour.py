@@ -11,7 +11,8 @@ from pathlib import Path
 
 from harness import report
 
-from hf_diffusion.training.run import TrainingSettings, train
+from hf_diffusion.training.families import ARMDRecipe, LlamaRecipe
+from hf_diffusion.training.run import train
 
 
 def main() -> None:
@@ -23,27 +24,25 @@ def main() -> None:
     parser.add_argument("--block-length", type=int, default=128)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    left_to_right = {"validation_streams": (1,), "max_shuffled": 1, "strided_start": 1.0}
     models = {
-        "ARMD, as in the paper": {"left_neighbour": False},
-        "ARMD, left neighbour": {"left_neighbour": True},
-        "autoregressive (Llama)": {"family": "llama"},
+        "ARMD, as in the paper": (ARMDRecipe, {**left_to_right, "left_neighbour": False}),
+        "ARMD, left neighbour": (ARMDRecipe, {**left_to_right, "left_neighbour": True}),
+        "autoregressive (Llama)": (LlamaRecipe, {}),
     }
     rows = []
-    for name, choice in models.items():
+    for name, (recipe, choice) in models.items():
         for seed in arguments.seeds:
             with tempfile.TemporaryDirectory() as folder:
                 results = train(
-                    TrainingSettings(
+                    recipe(
                         text=arguments.text,
                         output=Path(folder),
                         steps=arguments.steps,
                         evaluate_every=arguments.steps,
-                        validation_streams=(1,),
                         hidden_size=arguments.hidden_size,
                         block_length=arguments.block_length,
                         warmup_steps=60,
-                        max_shuffled=1,
-                        strided_start=1.0,
                         ema_decay=0.99,
                         seed=seed,
                         **choice,

@@ -5,11 +5,8 @@ import torch
 from hf_diffusion import MDLMConfig, MDLMForMaskedDiffusion
 
 
-def tiny(dtype=torch.float64, **settings):
-    """A model with large random weights: at the initial ones, all of its predictions are the same."""
-    shared = {"vocab_size": 12, "hidden_size": 16, "conditioning_size": 8, "num_hidden_layers": 3}
-    config = {"num_attention_heads": 2, "max_position_embeddings": 32, "residual_dropout": 0.0}
-    model = MDLMForMaskedDiffusion(MDLMConfig(**{**shared, **config, **settings}))
+def open_up(model):
+    """Large random weights in a fresh model, whose predictions are all the same."""
     torch.manual_seed(1)
     for name, weight in model.named_parameters():
         # Shifts and scales that do not drown what the network reads, and gates that are open.
@@ -17,6 +14,13 @@ def tiny(dtype=torch.float64, **settings):
         torch.nn.init.normal_(weight, mean=float("norm" in name), std=0.1 if is_modulation else 0.5)
         if name.endswith("modulation.bias"):
             weight.data.view(6, -1)[[2, 5]] += 1
+
+
+def tiny(dtype=torch.float64, **settings):
+    shared = {"vocab_size": 12, "hidden_size": 16, "conditioning_size": 8, "num_hidden_layers": 3}
+    config = {"num_attention_heads": 2, "max_position_embeddings": 32, "residual_dropout": 0.0}
+    model = MDLMForMaskedDiffusion(MDLMConfig(**{**shared, **config, **settings}))
+    open_up(model)
     return model.to(dtype).eval()
 
 

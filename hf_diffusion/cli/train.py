@@ -1,37 +1,70 @@
-"""`hf-diffusion train`: every field of `TrainingSettings` as a flag."""
+"""`hf-diffusion train`: every field of a family's `TrainingRecipe` as a flag."""
 
 import argparse
 import types
 import typing
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, fields
+from typing import Any
 
-from ..training.run import TrainingSettings, train
+from ..training.families import FAMILIES
+from ..training.run import train
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    types_of = typing.get_type_hints(TrainingSettings)
-    for field in fields(TrainingSettings):
-        flag = "--" + field.name.replace("_", "-")
-        kind, help_text = types_of[field.name], field.metadata["help"]
-        if isinstance(kind, types.UnionType):
-            kind = next(option for option in typing.get_args(kind) if option is not type(None))
-        if field.default is MISSING:
-            parser.add_argument(flag, type=kind, required=True, help=help_text)
-            continue
+    summaries = "; ".join(f"{family}: {recipe.summary}" for family, recipe in FAMILIES.items())
+    parser.add_argument("--family", default="armd", help=f"{summaries} (default: armd)")
+    groups: dict[tuple[str, ...], Any] = {tuple(FAMILIES): parser}
+    for name, families in _families_of_flags().items():
+        if families not in groups:
+            groups[families] = parser.add_argument_group(f"with --family {' or '.join(families)} only")
+        recipe = FAMILIES[families[0]]
+        field = next(field for field in fields(recipe) if field.name == name)
+        _add_flag(groups[families], field, typing.get_type_hints(recipe)[name])
+
+
+def _families_of_flags() -> dict[str, tuple[str, ...]]:
+    """The families that read each flag."""
+    families: dict[str, tuple[str, ...]] = {}
+    for family, recipe in FAMILIES.items():
+        for field in fields(recipe):
+            families[field.name] = (*families.get(field.name, ()), family)
+    return families
+
+
+def _add_flag(parser: Any, field: Field, kind: Any) -> None:
+    flag, help_text = "--" + field.name.replace("_", "-"), field.metadata["help"]
+    if isinstance(kind, types.UnionType):
+        kind = next(option for option in typing.get_args(kind) if option is not type(None))
+    if field.default not in (MISSING, None):
         help_text += f" (default: {field.default})"
-        if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=help_text)
-        elif typing.get_origin(kind) is tuple:
-            parser.add_argument(flag, type=typing.get_args(kind)[0], nargs="+", default=field.default, help=help_text)
-        else:
-            parser.add_argument(flag, type=kind, default=field.default, help=help_text)
+    # What is not given stays out of the namespace, so that a flag that the family does not read can be told.
+    options: dict[str, Any] = {"help": help_text, "default": argparse.SUPPRESS, "required": field.default is MISSING}
+    if kind is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    elif typing.get_origin(kind) is tuple:
+        options |= {"type": typing.get_args(kind)[0], "nargs": "+"}
+    else:
+        options["type"] = kind
+    parser.add_argument(flag, **options)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    values = {field.name: getattr(arguments, field.name) for field in fields(TrainingSettings)}
+    family = arguments.family
+    if family not in FAMILIES:
+        raise ValueError(f"`family` must be one of {', '.join(FAMILIES)}, got {family!r}.")
+    families_of_flags = _families_of_flags()
+    given = {name: value for name, value in vars(arguments).items() if name in families_of_flags}
+    for name, value in given.items():
+        if family not in families_of_flags[name]:
+            raise ValueError(
+                f"`{name}` ({value}) has no effect with `family`={family!r}; it is for "
+                f"{' and '.join(families_of_flags[name])}. Leave it out."
+            )
     # argparse collects several values in a list.
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    results = train(TrainingSettings(**values))
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    results = train(FAMILIES[family](**given))
+    errors = results["standard_error_nats_per_token"]
     for name, loss in results["validation_loss_nats_per_token"].items():
-        print(f"validation loss, {name.replace('_', ' ')}: {loss:.3f} nats per token")
+        error = f" ± {errors[name]:.3f}" if name in errors else ""
+        print(f"validation loss, {name.replace('_', ' ')}: {loss:.3f}{error} nats per token")
     print(f"written to {arguments.output}")

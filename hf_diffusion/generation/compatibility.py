@@ -29,16 +29,16 @@ def check_compatible(model: Any, strategy: Strategy, config: DiffusionGeneration
         _refuse(config, ("sliding_window",), f"{name} reads all of the text that it has written")
     elif "use_cache" in in_call and config.use_cache:
         raise ValueError(
-            f"`use_cache`=True: every position of {name} reads every other one, so nothing can be kept from one pass to "
-            'the next exactly. Leave it out; `approximate_cache` (with `strategy="semi_autoregressive"`) is an '
-            "approximation that reports its error."
+            f"`use_cache`=True: every position of {name} reads every other one, so no pass can use what an earlier one "
+            'computed. Leave it out; `approximate_cache` (with `strategy="semi_autoregressive"`) is an approximation '
+            "that reports its error."
         )
     block_size = model.generation_block_size
     if block_size is not None:
         if config.strategy not in (SEMI_AUTOREGRESSIVE, "autoregressive"):
             raise ValueError(
-                f'`strategy="{config.strategy}"`: this model draws blocks of {block_size} positions from left to right. '
-                f'Set `strategy="{SEMI_AUTOREGRESSIVE}"`, and `block_strategy` for the order inside a block.'
+                f'`strategy="{config.strategy}"`: this model draws blocks of {block_size} positions from left to right.'
+                f' Set `strategy="{SEMI_AUTOREGRESSIVE}"`, and `block_strategy` for the order inside a block.'
             )
         if config.block_length not in (None, block_size):
             raise ValueError(

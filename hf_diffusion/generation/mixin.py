@@ -18,6 +18,7 @@ from .configuration import DIFFUSION_FIELDS, DiffusionGenerationConfig, check_to
 from .ending import Ending
 from .output import DiffusionGenerateOutput
 from .reader import Reader
+from .reference_sampler import generate_as_reference
 from .sampling import sample_categorical
 from .strategies import SEMI_AUTOREGRESSIVE, find_strategy
 from .strategies.filling import Canvas, Strategy
@@ -132,9 +133,14 @@ class DiffusionGenerationMixin(GenerationMixin):
         config = self._resolve_generation_config(generation_config, kwargs)
         strategy = find_strategy(config)
         check_compatible(self, strategy, config, set(kwargs))
+        if config.reference_sampler is not None and streamer is not None:
+            raise ValueError("`streamer` sees nothing of the reference sampler. Leave it out.")
         canvas, attention_mask = self._prepare_canvas(
             input_ids if input_ids is not None else inputs, attention_mask, config
         )
+        if config.reference_sampler is not None:
+            sequences, nfe = generate_as_reference(self, canvas, attention_mask, config, generator)
+            return DiffusionGenerateOutput(sequences, nfe) if config.return_dict_in_generate else sequences
         to_fill = (canvas == self.config.mask_token_id) & attention_mask.bool()
         return self._fill(canvas, attention_mask, to_fill, strategy, config, streamer, generator)
 
@@ -151,9 +157,10 @@ class DiffusionGenerationMixin(GenerationMixin):
         # What the call sets replaces what goes with the model's own setting of the same thing.
         if "strategy" in set_in_call:
             inherited = {name: value for name, value in inherited.items() if name not in DIFFUSION_FIELDS}
-        if set_in_call & {"max_length", "max_new_tokens"}:
-            inherited = {name: value for name, value in inherited.items() if not name.startswith("max_")}
-        if kwargs.keys() & {"max_length", "max_new_tokens"}:
+        lengths = {"max_length", "max_new_tokens"}
+        if set_in_call & lengths:
+            inherited = {name: value for name, value in inherited.items() if name not in lengths}
+        if kwargs.keys() & lengths:
             config.max_length = config.max_new_tokens = None
         defaults = DiffusionGenerationConfig._get_default_generation_params()
         del defaults["max_length"]  # depends on the prompt

@@ -12,8 +12,8 @@ from .strategies.filling import Canvas, Filling
 class Reader:
     """Turns positions that are asked for into logits.
 
-    Rows that are finished leave the passes, and the cache, for good. Where the canvas is longer than the context, a pass
-    reads the window that ends with the block being filled.
+    Rows that are finished leave the passes, and the cache, for good. Where the canvas is longer than the context, a
+    pass reads the window that ends with the block being filled.
 
     Args:
         model: a `DiffusionGenerationMixin`.

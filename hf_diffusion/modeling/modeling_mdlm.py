@@ -187,7 +187,7 @@ class MDLMForMaskedDiffusion(MDLMPreTrainedModel, DiffusionGenerationMixin):
         t: torch.Tensor | float | None = None,
         modulations: Modulations | None = None,
         query_positions: torch.Tensor | None = None,
-        noised: NoisedText | None = None,
+        noised: NoisedText | tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
         generator: torch.Generator | None = None,
         output_hidden_states: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
@@ -211,7 +211,8 @@ class MDLMForMaskedDiffusion(MDLMPreTrainedModel, DiffusionGenerationMixin):
             t: float [batch] or one for all, the time between 0 and 1, from which `config.noise_schedule` makes sigma.
             modulations: what `model.modulations` has made for the noise level, to be used again.
             query_positions: long [batch, queried], the positions to predict, -1 for none. All of them if not given.
-            noised: with `labels`, the text already masked, with the weight of its tokens. Drawn if not given.
+            noised: with `labels`, the text already masked, with the weight of its tokens. Drawn if not given. May be a
+                plain tuple of the same fields, as `Trainer` hands on no other.
             generator: with `labels`, source of times and masks; torch's global one if not given.
             output_hidden_states: return the residual stream before the first layer and after every layer.
             num_items_in_batch: divides the loss in place of the number of labels (set by `Trainer`).
@@ -248,6 +249,7 @@ class MDLMForMaskedDiffusion(MDLMPreTrainedModel, DiffusionGenerationMixin):
         self._check_labels(input_ids, labels, attention_mask)
         if noised is None:
             noised = self._draw_noised_text(input_ids, attention_mask, labels, generator)
+        noised = NoisedText(*noised)
         outputs = self.model(
             noised.input_ids,
             attention_mask,

@@ -60,6 +60,11 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenize
     )
 
 
+def vocab_size_without_mask(tokenizer: Any) -> int:
+    """Rows in the embedding of a model that never reads the mask symbol: one that comes last needs none."""
+    return len(tokenizer) - (tokenizer.mask_token_id == len(tokenizer) - 1)
+
+
 def _pieces(documents: list[str], size: int = 10_000) -> Iterator[str]:
     # The trainer counts words piece by piece; one huge document would be held several times over.
     for document in documents:

@@ -1,7 +1,7 @@
 """Masked diffusion draws from the law that it states: every strategy against its Markov chain, by enumeration of a toy.
 
-The chain runs over all canvases of a few positions, tokens and the mask. In each of its steps every position is revealed
-or masked again with a probability of its own, given the canvas; that probability is what the cases below spell out.
+The chain runs over all canvases of a few positions, tokens and the mask. In each of its steps every position is
+revealed or masked again with a probability of its own, given the canvas, which is what the cases below spell out.
 """
 
 import itertools

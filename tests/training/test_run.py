@@ -10,10 +10,13 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from hf_diffusion.cli import main
-from hf_diffusion.training.run import TrainingSettings, train
+from hf_diffusion.diffusion.orders import strided_steps
+from hf_diffusion.training.data import TokenBlocks, load_text, tokenize
+from hf_diffusion.training.families import FAMILIES
+from hf_diffusion.training.run import split_text, train
 
 
 TINY = {
@@ -25,9 +28,25 @@ TINY = {
     "batch_size": 4,
     "warmup_steps": 2,
     "validation_blocks": 4,
-    "max_shuffled": 8,
 }
-FLAGS = [part for name, value in TINY.items() for part in ("--" + name.replace("_", "-"), str(value))]
+OWN = {"armd": {"max_shuffled": 8}, "mdlm": {"validation_draws": 4}, "llama": {}}
+EVALUATIONS = {
+    "armd": ["left_to_right", "2_streams", "4_streams", "8_streams"],
+    "mdlm": ["bound"],
+    "llama": ["left_to_right"],
+}
+LOSSES, ERRORS = "validation_loss_nats_per_token", "standard_error_nats_per_token"
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def recipe(family, text, output, **settings):
+    return FAMILIES[family](text=str(text), output=output, **{**TINY, **OWN[family], **settings})
+
+
+def flags(family, **settings):
+    values = {"family": family, **TINY, **OWN[family], **settings}
+    return [part for name, value in values.items() for part in ("--" + name.replace("_", "-"), str(value))]
 
 
 @pytest.fixture(scope="module")
@@ -44,27 +63,67 @@ def cpu(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
 
 
-def test_command_trains_evaluates_and_writes_everything(text, tmp_path, capsys):
+@torch.no_grad()
+def loss_of_saved_model(family, folder, text):
+    """What the files in `folder` score on the held-out text, by the model alone."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    held_out = tokenize(split_text(load_text(str(text)), 0.1)[1], tokenizer)
+    texts = TokenBlocks(held_out, TINY["block_length"]).blocks
+    if family == "armd":
+        order = strided_steps(texts.shape[1], 4).expand(texts.shape)
+        return "4_streams", float(AutoModel.from_pretrained(folder)(texts, labels=texts, block_index=order).loss)
+    if family == "llama":
+        started = torch.nn.functional.pad(texts, (1, 0), value=tokenizer.eos_token_id)
+        logits = AutoModelForCausalLM.from_pretrained(folder)(started).logits[:, :-1]
+        return "left_to_right", float(torch.nn.functional.cross_entropy(logits.transpose(1, 2), texts))
+    # MDLM's own loss: other masks, drawn in time.
+    model = AutoModelForMaskedLM.from_pretrained(folder)
+    return "bound", float(torch.stack([model(texts, labels=texts).loss for _ in range(100)]).mean())
+
+
+@every_family
+def test_command_trains_evaluates_and_writes_everything(family, text, tmp_path, capsys):
     output = tmp_path / "model"
-    arguments = ["--text", str(text), "--output", str(output), "--steps", "30", "--evaluate-every", "15", *FLAGS]
+    arguments = ["--text", str(text), "--output", str(output), *flags(family, steps=30, evaluate_every=15)]
     assert main(["train", *arguments]) == 0
     results = json.loads((output / "results.json").read_text())
-    losses = results["validation_loss_nats_per_token"]
-    assert list(losses) == ["left_to_right", "2_streams", "4_streams", "8_streams"]
+    losses, errors = results[LOSSES], results[ERRORS]
+    assert list(losses) == EVALUATIONS[family]
     assert max(losses.values()) < 5.0 < torch.tensor(300.0).log()
+    assert list(errors) == (["bound"] if family == "mdlm" else [])
     assert results["training_tokens"] == 30 * 4 * 32
-    assert f"validation loss, left to right: {losses['left_to_right']:.3f} nats" in capsys.readouterr().out
+    assert results["family"] == family
+    name, expected = loss_of_saved_model(family, output, text)
+    assert losses[name] == pytest.approx(expected, rel=3e-2 if name == "bound" else 1e-5)
+    printed = capsys.readouterr().out
+    for name, loss in losses.items():
+        assert f"validation loss, {name.replace('_', ' ')}: {loss:.3f}" in printed
+    assert all(f"± {error:.3f} nats" in printed for error in errors.values())
     assert (output / "checkpoints" / "loss.png").read_bytes().startswith(b"\x89PNG")
 
-    model, tokenizer = AutoModel.from_pretrained(output), AutoTokenizer.from_pretrained(output)
+
+def test_trained_armd_writes_on(text, tmp_path):
+    train(recipe("armd", text, tmp_path, steps=4, evaluate_every=4, warmup_steps=1))
+    model, tokenizer = AutoModel.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     # The text has too few words for the 300 tokens asked for.
     assert model.config.mask_token_id == tokenizer.mask_token_id == model.config.vocab_size < 300
+    assert model.config.use_cache
     sequences = model.generate(**tokenizer("the king", return_tensors="pt"), max_new_tokens=8)
     assert tokenizer.decode(sequences[0]).startswith("the king")
 
 
-def test_weights_stored_in_half_are_used_in_full(text, tmp_path):
-    settings = TrainingSettings(text=str(text), output=tmp_path, steps=6, evaluate_every=6, store_half=True, **TINY)
+def test_trained_mdlm_reads_its_mask(text, tmp_path):
+    train(recipe("mdlm", text, tmp_path, steps=4, evaluate_every=4, warmup_steps=1))
+    model, tokenizer = AutoModel.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert model.config.mask_token_id == tokenizer.mask_token_id == model.config.vocab_size - 1
+    assert "use_cache" not in json.loads((tmp_path / "config.json").read_text())
+    logits = model(**tokenizer("the<|mask|>king", return_tensors="pt")).logits
+    assert bool(logits[..., : tokenizer.mask_token_id].isfinite().all())
+
+
+@every_family
+def test_weights_stored_in_half_are_used_in_full(family, text, tmp_path):
+    settings = recipe(family, text, tmp_path, steps=6, evaluate_every=6, store_half=True)
     results = train(settings)
     stored = load_file(tmp_path / "model.safetensors")
     assert {weight.dtype for weight in stored.values()} == {torch.float16}
@@ -76,39 +135,52 @@ def test_weights_stored_in_half_are_used_in_full(text, tmp_path):
 
 
 def test_few_held_out_blocks_are_evaluated_all_the_same(text, tmp_path):
-    few = {**TINY, "batch_size": 16, "validation_fraction": 0.03}
-    results = train(TrainingSettings(text=str(text), output=tmp_path, steps=4, evaluate_every=4, **few))
+    few = {"batch_size": 16, "validation_fraction": 0.03, "warmup_steps": 1}
+    results = train(recipe("armd", text, tmp_path, steps=4, evaluate_every=4, **few))
     assert results["validation_tokens"] % (16 * 32) != 0
-    assert 0 < results["validation_loss_nats_per_token"]["left_to_right"] < 6
+    assert 0 < results[LOSSES]["left_to_right"] < 6
 
 
-def test_stopped_and_resumed_training_ends_where_uninterrupted_training_does(text, tmp_path):
+def test_a_text_of_its_own_to_validate_on(text, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("all men hear the king\n" * 60)
+    settings = {"steps": 4, "evaluate_every": 4, "warmup_steps": 1, "validation_text": other}
+    results = train(recipe("llama", text, tmp_path / "model", **settings))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert results["tokens_in_text"] == len(tokenize(load_text(str(text)), tokenizer))
+    assert results["validation_tokens"] == len(tokenize(load_text(str(other)), tokenizer)) // 32 * 32
+
+
+@every_family
+def test_stopped_and_resumed_training_ends_where_uninterrupted_training_does(family, text, tmp_path):
     def settings(name, **overrides):
-        return TrainingSettings(
-            text=str(text), output=tmp_path / name, steps=12, evaluate_every=6, **{**TINY, "dropout": 0.1, **overrides}
-        )
+        return recipe(family, text, tmp_path / name, steps=12, evaluate_every=6, dropout=0.1, **overrides)
 
     through = train(settings("through"))
     # A run that is killed after its first checkpoint leaves what a shorter run of the same schedule leaves.
     train(settings("stopped"))
     shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "checkpoint-12")
     resumed = train(settings("stopped", resume=True))
-    key = "validation_loss_nats_per_token"
-    assert resumed[key] == pytest.approx(through[key], rel=1e-6)
+    assert resumed[LOSSES] == pytest.approx(through[LOSSES], rel=1e-6)
 
 
 @pytest.mark.slow
-def test_two_processes_get_the_loss_of_one(text, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "learning_rate"),
+    # Each of MDLM's processes draws its own masks, so only what no step has changed can be the same.
+    [("armd", 1.5e-3), ("mdlm", 1e-12)],
+)
+def test_two_processes_get_the_loss_of_one(family, learning_rate, text, tmp_path):
     """`accelerate launch` on two CPU processes (gloo), half the batch each: the same steps, so the same losses."""
 
     def launch(processes, batch_size):
         output = tmp_path / str(processes)
-        flags = ["--steps", "8", "--evaluate-every", "8", *FLAGS, "--batch-size", str(batch_size), "--seed", "3"]
+        settings = flags(family, steps=8, evaluate_every=8, batch_size=batch_size, learning_rate=learning_rate, seed=3)
         command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
         command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         # accelerate's name for "several processes on this machine"; ACCELERATE_USE_CPU makes them gloo's.
         command += ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else ["--cpu"]
-        command += ["-m", "hf_diffusion.cli", "train", "--text", str(text), "--output", str(output), *flags]
+        command += ["-m", "hf_diffusion.cli", "train", "--text", str(text), "--output", str(output), *settings]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
         assert result.returncode == 0, result.stderr[-3000:]
@@ -124,26 +196,40 @@ def test_two_processes_get_the_loss_of_one(text, tmp_path):
     (alone, results_alone), (together, results_together) = launch(1, 4), launch(2, 2)
     assert results_alone["training_tokens"] == results_together["training_tokens"]
     assert together == pytest.approx(alone, rel=1e-4)
-    losses = "validation_loss_nats_per_token"
-    assert results_together[losses] == pytest.approx(results_alone[losses], rel=1e-4)
+    assert results_together[LOSSES] == pytest.approx(results_alone[LOSSES], rel=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("given", "message"),
     [
         (["--steps", "0"], "`steps` must be at least 1"),
-        (["--family", "gpt"], "`family` must be armd or llama"),
+        (["--family", "gpt"], "`family` must be one of armd, mdlm, llama, got 'gpt'"),
         (["--max-shuffled", "0"], "`max_shuffled` must be at least 1"),
         (["--validation-fraction", "1"], "`validation_fraction` must be between 0 and 1"),
         (["--text", "nowhere.txt"], "'nowhere.txt' is not a file"),
         (["--steps", "100", "--warmup-steps", "90"], "`warmup_steps` (90) and the decay (20 steps) do not fit"),
         (["--block-length", "4"], "`block_length` must be at least the most streams validated (8)"),
         (["--vocab-size", "100"], "`vocab_size` must be at least 258"),
+        (["--family", "mdlm", "--validation-draws", "1"], "`validation_draws` must be at least 2"),
+        (["--validation-draws", "4"], "`validation_draws` (4) has no effect with `family`='armd'; it is for mdlm."),
+        (["--family", "mdlm", "--no-left-neighbour"], "`left_neighbour` (False) has no effect with `family`='mdlm'"),
+        (
+            ["--family", "llama", "--num-streams", "1", "2"],
+            "`num_streams` ([1, 2]) has no effect with `family`='llama'",
+        ),
+        (["--validation-text", "nowhere.txt"], "`validation_text`='nowhere.txt' is not a file"),
+        (
+            ["--validation-text", __file__, "--validation-fraction", "0.1"],
+            "`validation_fraction` (0.1) has no effect with `validation_text`",
+        ),
     ],
-    ids=["steps", "family", "rho", "fraction", "text", "warm-up", "length", "vocabulary"],
+    ids=[
+        *("steps", "family", "rho", "fraction", "text", "warm-up", "length", "vocabulary", "draws"),
+        *("of-mdlm", "switch-of-armd", "several-of-armd", "validation-text", "two-validations"),
+    ],
 )
-def test_wrong_flags_are_refused_and_nothing_is_written(flags, message, text, tmp_path, capsys):
+def test_wrong_flags_are_refused_and_nothing_is_written(given, message, text, tmp_path, capsys):
     output = tmp_path / "model"
-    assert main(["train", "--text", str(text), "--output", str(output), *flags]) == 2
+    assert main(["train", "--text", str(text), "--output", str(output), *given]) == 2
     assert message in capsys.readouterr().err
     assert not output.exists()

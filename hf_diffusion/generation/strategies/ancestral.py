@@ -26,7 +26,7 @@ def begin(config: DiffusionGenerationConfig, canvas: Canvas) -> Filling:
 ANCESTRAL = Strategy(
     "ancestral",
     begin,
-    frozenset({"max_denoising_steps", "remasking", "remasking_strength"}),
+    frozenset({"max_denoising_steps", "remasking", "remasking_strength", "reference_sampler"}),
     frozenset({"max_denoising_steps"}),
     num_planes=num_planes,
 )

@@ -1,7 +1,7 @@
 """Ancestral sampling in continuous time (arXiv 2409.02908): no grid, one position per pass, in random order.
 
-The time at which a position is revealed is drawn for each one by itself, so the order is uniform, and the noise level of
-a pass is the one at which its position is revealed.
+The time at which a position is revealed is drawn for each one by itself, so the order is uniform, and the noise level
+of a pass is the one at which its position is revealed.
 """
 
 from ..configuration import DiffusionGenerationConfig

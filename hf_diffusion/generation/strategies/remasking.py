@@ -6,6 +6,8 @@ is at most sigma_max = min(1, (1 - alpha_s) / alpha_t); `"cap"` takes min(streng
 strength * sigma_max. The last step masks nothing.
 """
 
+import itertools
+
 import torch
 
 from ..configuration import DiffusionGenerationConfig
@@ -35,7 +37,7 @@ class RemaskingFilling(Filling):
         self.sigma = self.levels.new_tensor(
             [
                 remasking_probability(config.remasking, config.remasking_strength, before, after)
-                for before, after in zip(levels, levels[1:], strict=False)
+                for before, after in itertools.pairwise(levels)
             ]
         )
         self.decisions, self.tokens = canvas.uniforms.split(self.num_steps, dim=1)

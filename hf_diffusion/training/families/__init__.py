@@ -1,0 +1,18 @@
+"""The model families that can be trained. A new one joins with a file here and its name in this one."""
+
+from ..recipe import TrainingRecipe
+from .armd import ARMDRecipe
+from .llama import LlamaRecipe
+from .mdlm import MDLMRecipe
+
+
+FAMILIES: dict[str, type[TrainingRecipe]] = {
+    recipe.family: recipe
+    for recipe in (
+        ARMDRecipe,
+        MDLMRecipe,
+        LlamaRecipe,
+    )
+}
+
+__all__ = ["FAMILIES", "ARMDRecipe", "LlamaRecipe", "MDLMRecipe"]

@@ -1,0 +1,49 @@
+"""Training an ordinary autoregressive model, to compare the other families with."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from ..data import TokenBlocks, vocab_size_without_mask
+from ..recipe import TrainingRecipe
+
+
+@dataclass(kw_only=True)
+class LlamaRecipe(TrainingRecipe):
+    family = "llama"
+    summary = "an ordinary autoregressive model to compare with"
+
+    def build_model(self, tokenizer: Any) -> PreTrainedModel:
+        # Three matrices of 8/3 of the width hold what two of 4 times the width hold: as many parameters as ARMD has, up
+        # to ARMD's first layer.
+        return LlamaForCausalLM(
+            LlamaConfig(
+                **self.shared_config(tokenizer),
+                vocab_size=vocab_size_without_mask(tokenizer),
+                intermediate_size=self.hidden_size * 8 // 3,
+                attention_dropout=self.dropout,
+                bos_token_id=None,
+            )
+        )
+
+    def collator(self, tokenizer: Any) -> "StartSymbolCollator":
+        return StartSymbolCollator(tokenizer.eos_token_id)
+
+    def evaluations(self, tokens: torch.Tensor, tokenizer: Any) -> dict[str, Sequence[Dataset]]:
+        return {"left_to_right": [TokenBlocks(tokens, self.block_length)]}
+
+
+class StartSymbolCollator:
+    """Batches for an ordinary causal model: a start token before each text, so that it too predicts every token."""
+
+    def __init__(self, start_token_id: int) -> None:
+        self.start_token_id = start_token_id
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        texts = torch.stack([example["input_ids"] for example in examples])
+        input_ids = torch.cat([torch.full_like(texts[:, :1], self.start_token_id), texts], dim=1)
+        return {"input_ids": input_ids, "labels": input_ids}
