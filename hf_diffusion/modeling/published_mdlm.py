@@ -60,7 +60,8 @@ class PublishedModelWithHead(PublishedModel):
 
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         logits = self.lm_head(hidden_states)
-        logits[..., self.mask_token_id] = -torch.inf
+        # Behind the back of autograd, which would copy all gradients for it; a softmax gives this column none.
+        logits.detach()[..., self.mask_token_id] = -torch.inf
         return logits
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from modeling.tiny_mdlm import text, tiny
+from tiny_mdlm import text, tiny
 
 from hf_diffusion.training.families.mdlm import MaskedTexts, MDLMRecipe, SeparateSeedsCallback, collate_texts
 
