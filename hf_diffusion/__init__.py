@@ -4,6 +4,7 @@ Importing this package registers its model families with transformers' Auto clas
 """
 
 from .generation.configuration import DiffusionGenerationConfig
+from .modeling.approximate_cache_mdlm import ApproximateMDLMCache
 from .modeling.auto import register
 from .modeling.cache_armd import ARMDCache
 from .modeling.cache_mdlm import MDLMCache
@@ -22,6 +23,7 @@ __all__ = [
     "ARMDCache",
     "ARMDConfig",
     "ARMDForMaskedDiffusion",
+    "ApproximateMDLMCache",
     "DiffusionGenerationConfig",
     "MDLMARConfig",
     "MDLMARForCausalLM",

@@ -195,3 +195,11 @@ def check_block_index(block_index: torch.Tensor, real: torch.Tensor | None = Non
 def _preview(tensor: torch.Tensor) -> str:
     values = tensor.flatten().tolist()
     return str(values if len(values) <= 16 else [*values[:16], "..."])
+
+
+def positions_where(flags: torch.Tensor) -> torch.Tensor:
+    """Positions of the True entries of each row of `flags` [batch, length], in order, filled up with -1."""
+    counts = flags.sum(dim=1, keepdim=True)
+    width = int(counts.max())
+    positions = flags.int().argsort(dim=1, descending=True, stable=True)[:, :width]
+    return positions.masked_fill(torch.arange(width, device=flags.device) >= counts, -1)

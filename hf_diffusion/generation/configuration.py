@@ -60,7 +60,8 @@ class DiffusionGenerationConfig(GenerationConfig):
             blocks of `block_length`, as MDLM's authors do. Texts may exceed the context with and without it: a pass
             then reads the context that ends with its block.
         approximate_cache (`bool`): with `"semi_autoregressive"` on a bidirectional model, compute what was known when
-            the block began once per block, not in every pass. An approximation; the output reports its error.
+            the block began once per block, not in every pass. An approximation, whose largest error is reported with
+            `return_dict_in_generate=True` (`DiffusionGenerateOutput.cache_logit_error`).
         reference_sampler (`str`, *optional*): reproduce the tokens that the authors' implementation of MDLM draws from
             the same seed: `"ddpm"`, `"ddpm_cache"` or `"analytic"`, with `"ancestral"`; or `"ddpm_cache"` with
             `"semi_autoregressive"`, `sliding_window` and `block_strategy="ancestral"`. That law is not the model's

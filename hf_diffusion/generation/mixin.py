@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 from transformers.generation import GenerationMixin
 
 from ..diffusion.canvas import check_length, check_tokens, real_positions
+from .approximate_reader import ApproximateReader
 from .compatibility import check_compatible
 from .configuration import DIFFUSION_FIELDS, DiffusionGenerationConfig, check_together, refuse_unknown
 from .ending import Ending
@@ -50,6 +51,10 @@ class DiffusionGenerationMixin(GenerationMixin):
     def has_exact_cache(self) -> bool:
         """`forward` takes `past_key_values` and `use_cache`, and gives the same logits as without."""
         return True
+
+    def new_approximate_cache(self) -> Any:
+        """For models without an exact cache: a `SlotCache` with `renew`, to be passed as `past_key_values`."""
+        raise NotImplementedError
 
     @property
     def generation_block_size(self) -> int | None:
@@ -286,8 +291,13 @@ class DiffusionGenerationMixin(GenerationMixin):
         uniforms = torch.rand(shape, dtype=torch.float64, generator=generator).to(canvas.device)
         plan = Canvas(to_fill, self._blocks(to_fill, attention_mask, config), uniforms, self.mask_levels)
         filling = strategy.begin(config, plan)
-        use_cache = bool(config.use_cache) and self.has_exact_cache
-        reader = Reader(self, plan, attention_mask, filling, use_cache)
+        reader: Reader
+        if config.approximate_cache:
+            measure = bool(config.return_dict_in_generate)
+            reader = ApproximateReader(self, plan, attention_mask, filling, measure)
+        else:
+            use_cache = bool(config.use_cache) and self.has_exact_cache
+            reader = Reader(self, plan, attention_mask, filling, use_cache)
         processors = self._get_logits_processor(
             generation_config=config, input_ids_seq_length=length, device=str(canvas.device)
         )
@@ -326,6 +336,7 @@ class DiffusionGenerationMixin(GenerationMixin):
             nfe=reader.nfe,
             tokens_per_forward=generated.sum(dim=1) / reader.passes.clamp(min=1),
             steps=torch.where(generated, steps, -1),
+            cache_logit_error=reader.cache_logit_error(),
             past_key_values=reader.cache if len(reader.rows) == batch_size else None,
         )
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from ..diffusion.orders import after_given
+from ..diffusion.orders import after_given, positions_where
 from .strategies.filling import Canvas, Filling
 
 
@@ -58,21 +58,39 @@ class Reader:
         Returns:
             [asked in `rows`, vocab_size], in the order of (row, position); float32 or wider.
         """
+        self.leave_out_all_but(rows)
+        cache = {"past_key_values": self.cache, "use_cache": True} if self.use_cache else {}
+        outputs, query_positions = self.run(rows, input_ids, asked, level, **cache)
+        self.cache = outputs.past_key_values
+        self.passes[rows] += 1
+        self.nfe += 1
+        logits = outputs.logits[query_positions >= 0]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def leave_out_all_but(self, rows: torch.Tensor) -> None:
+        """Forget all other rows of the batch, which are finished."""
         if len(rows) < len(self.rows):
             if self.cache is not None:
                 self.cache.batch_select_indices(torch.isin(self.rows, rows).nonzero()[:, 0])
             self.rows = rows
+
+    def run(
+        self,
+        rows: torch.Tensor,
+        input_ids: torch.Tensor,
+        asked: torch.Tensor,
+        level: torch.Tensor | None,
+        **cache: Any,
+    ) -> tuple[Any, torch.Tensor]:
+        """What the model answers, and the `query_positions` [rows, queried] that it was asked for (see `read`)."""
         input_ids, asked, real = input_ids[rows], asked[rows], self.real[rows]
-        block_index = None if self.block_index is None else self.block_index[rows]
+        inputs = {**self.inputs, **cache}
+        if self.block_index is not None:
+            inputs["block_index"] = self.block_index[rows]
         if int(real.sum(dim=1).max()) > self.context:
             columns = self._window(rows, asked)
             inside, index = columns >= 0, columns.clamp(min=0)
             input_ids, asked, real = input_ids.gather(1, index), asked.gather(1, index) & inside, inside
-        inputs = dict(self.inputs)
-        if block_index is not None:
-            inputs["block_index"] = block_index
-        if self.use_cache:
-            inputs.update(past_key_values=self.cache, use_cache=True)
         if level is None:
             masked = real & (input_ids == self.model.config.mask_token_id)
             level = masked.sum(dim=1) / real.sum(dim=1)
@@ -83,11 +101,11 @@ class Reader:
         outputs = self.model(
             input_ids=input_ids, attention_mask=real.long(), query_positions=query_positions, return_dict=True, **inputs
         )
-        self.cache = outputs.past_key_values
-        self.passes[rows] += 1
-        self.nfe += 1
-        logits = outputs.logits[query_positions >= 0]
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return outputs, query_positions
+
+    def cache_logit_error(self) -> torch.Tensor | None:
+        """Float [batch], the largest difference that the cache has made to a logit; None where it is exact."""
+        return None
 
     def _window(self, rows: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
         """Columns [rows, window] of the canvas to read, -1 for none: a context full, up to the end of the block."""
@@ -97,11 +115,3 @@ class Reader:
         end = rank.masked_fill(~self.canvas.to_fill[rows] | (block != current), -1).amax(dim=1, keepdim=True) + 1
         start = (end - self.context).clamp(min=0)
         return positions_where(real & (rank >= start) & (rank < start + self.context))
-
-
-def positions_where(flags: torch.Tensor) -> torch.Tensor:
-    """Positions of the True entries of each row of `flags` [batch, length], in order, filled up with -1."""
-    counts = flags.sum(dim=1, keepdim=True)
-    width = int(counts.max())
-    positions = flags.int().argsort(dim=1, descending=True, stable=True)[:, :width]
-    return positions.masked_fill(torch.arange(width, device=flags.device) >= counts, -1)

@@ -255,33 +255,6 @@ def _tau_leaping_weights(
     return weights
 
 
-def _check(
-    input_ids: torch.Tensor, num_steps: int, mask_token_id: int, schedule: NoiseSchedule, must_be_loglinear: bool
-) -> None:
-    if input_ids.ndim != 2 or input_ids.dtype != torch.long:
-        raise ValueError(
-            f"`input_ids` must be a long tensor [batch, length], got {input_ids.dtype} {list(input_ids.shape)}. To "
-            "start from nothing, fill it with `mask_token_id`."
-        )
-    if num_steps < 1:
-        raise ValueError(f"`num_steps` must be at least 1, got {num_steps}.")
-    if mask_token_id < 0:
-        raise ValueError(f"`mask_token_id` must be a token id, at least 0; got {mask_token_id}.")
-    if must_be_loglinear and not isinstance(schedule, LogLinear):
-        raise ValueError(
-            f"`schedule` must be loglinear here, as in the reference, got {schedule.name!r}. Samplers that take others "
-            'are "ddpm" and "analytic".'
-        )
-    if math.isinf(schedule.sigma(torch.ones((), dtype=torch.float32)).item()):
-        raise ValueError(
-            f"`schedule` must have a finite noise level at time 1, as those of the reference, got {schedule}. Give it "
-            "a positive `epsilon`."
-        )
-
-
-__all__ = ["Predict", "ReferenceSampler", "exponential_race", "sample_as_reference", "sample_windows_as_reference"]
-
-
 @torch.no_grad()
 def generate_as_reference(
     model: Any,
@@ -334,3 +307,30 @@ def generate_as_reference(
         )
     first = canvas[:, :context]
     return sample_windows_as_reference(predict, first, stride=stride, num_strides=num_strides, **settings)
+
+
+def _check(
+    input_ids: torch.Tensor, num_steps: int, mask_token_id: int, schedule: NoiseSchedule, must_be_loglinear: bool
+) -> None:
+    if input_ids.ndim != 2 or input_ids.dtype != torch.long:
+        raise ValueError(
+            f"`input_ids` must be a long tensor [batch, length], got {input_ids.dtype} {list(input_ids.shape)}. To "
+            "start from nothing, fill it with `mask_token_id`."
+        )
+    if num_steps < 1:
+        raise ValueError(f"`num_steps` must be at least 1, got {num_steps}.")
+    if mask_token_id < 0:
+        raise ValueError(f"`mask_token_id` must be a token id, at least 0; got {mask_token_id}.")
+    if must_be_loglinear and not isinstance(schedule, LogLinear):
+        raise ValueError(
+            f"`schedule` must be loglinear here, as in the reference, got {schedule.name!r}. Samplers that take others "
+            'are "ddpm" and "analytic".'
+        )
+    if math.isinf(schedule.sigma(torch.ones((), dtype=torch.float32)).item()):
+        raise ValueError(
+            f"`schedule` must have a finite noise level at time 1, as those of the reference, got {schedule}. Give it "
+            "a positive `epsilon`."
+        )
+
+
+__all__ = ["Predict", "ReferenceSampler", "exponential_race", "sample_as_reference", "sample_windows_as_reference"]

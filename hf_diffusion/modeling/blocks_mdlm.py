@@ -27,7 +27,7 @@ class Rows:
         key_stage: long [batch or 1, keys], the stages of what may be read: of the rows themselves, or of the slots of
             a cache.
         answer: long [batch or 1, asked], the rows that predict, negative for none; None if all do.
-        num_final: long [batch], with a cache: the tokens that are finished after this pass.
+        state_after: [batch, ...], with a cache: what it knows of its rows after this pass.
     """
 
     input_ids: torch.Tensor
@@ -35,7 +35,7 @@ class Rows:
     stage: torch.Tensor
     key_stage: torch.Tensor
     answer: torch.Tensor | None = None
-    num_final: torch.Tensor | None = None
+    state_after: torch.Tensor | None = None
 
     def masks(self, config: Any, like: torch.Tensor) -> tuple[Any, Any]:
         """Who reads whom: for all rows, and for those that predict. None where everybody reads everything."""
@@ -98,7 +98,9 @@ def next_rows(
     batch_size, length = input_ids.shape
     if real is None:
         real = torch.ones_like(input_ids, dtype=torch.bool)
-    num_final = _finished(cache, batch_size).to(input_ids.device)
+    num_final = input_ids.new_zeros(batch_size)
+    if cache.num_final is not None:
+        num_final = cache.num_final.to(input_ids.device)
     places, num_tokens = places_in_text(input_ids, real), real.sum(dim=1)
     block = (places // config.block_size).masked_fill(~real, NOWHERE)
     asked_block = _asked_block(block, query_positions, num_final // config.block_size)
@@ -122,24 +124,8 @@ def next_rows(
         stage=_clean_stage(new_places, config.block_size, new_places < end[:, None]),
         key_stage=_clean_stage(slots, config.block_size, slots < num_tokens[:, None]),
         answer=(places.gather(1, query_positions.clamp(min=0)) - num_final[:, None]).where(query_positions >= 0, -1),
-        num_final=start,
+        state_after=start,
     )
-
-
-def _finished(cache: MDLMCache, batch_size: int) -> torch.Tensor:
-    if not isinstance(cache, MDLMCache):
-        raise ValueError(
-            f"`past_key_values` must be an `MDLMCache`, got {type(cache).__name__}. Pass `use_cache=True` in the first "
-            "pass, and what it returns in the next."
-        )
-    if cache.num_final is None:
-        return torch.zeros(batch_size, dtype=torch.long)
-    if len(cache.num_final) != batch_size:
-        raise ValueError(
-            f"`input_ids` has {batch_size} rows, but the cache in `past_key_values` {len(cache.num_final)}. Select "
-            "or repeat the rows of the cache with those of the batch."
-        )
-    return cache.num_final
 
 
 def _asked_block(block: torch.Tensor, query_positions: torch.Tensor, num_finished: torch.Tensor) -> torch.Tensor:

@@ -1,11 +1,9 @@
 """The exact cache of ARMD: keys and values, the running prefix state, and what has been read so far."""
 
-from typing import Any
-
 import torch
 from torch.nn import functional as F
-from transformers.cache_utils import Cache
 
+from .batched_cache import BatchedCache
 from .cache_layers import GrowingLayer
 
 
@@ -15,7 +13,7 @@ def mark(flags: torch.Tensor, index: torch.Tensor, valid: torch.Tensor) -> torch
     return F.pad(flags, (0, 1)).scatter(1, index.masked_fill(~valid, length), True)[:, :length]
 
 
-class ARMDCache(Cache):
+class ARMDCache(BatchedCache):
     """What ARMD has computed for the blocks generated so far; decoding with it recomputes nothing and loses nothing.
 
     Lower (two-stream) layers hold keys and values of the content stream, upper layers those of the query stream. Both
@@ -28,6 +26,8 @@ class ARMDCache(Cache):
       number of given tokens or in what they ask for (`ragged`). Others need no mask at all.
     """
 
+    row_state = ("prefix_state", "known", "pending", "content_block", "query_block")
+
     def __init__(self, num_hidden_layers: int) -> None:
         super().__init__(layers=[GrowingLayer() for _ in range(num_hidden_layers)])
         self.num_passes = 0
@@ -37,14 +37,6 @@ class ARMDCache(Cache):
         self.pending: torch.Tensor | None = None
         self.content_block: torch.Tensor | None = None
         self.query_block: torch.Tensor | None = None
-
-    _ROW_STATE = ("prefix_state", "known", "pending", "content_block", "query_block")
-
-    def _map_rows(self, function: Any) -> None:
-        for name in self._ROW_STATE:
-            value = getattr(self, name)
-            if value is not None:
-                setattr(self, name, function(value))
 
     def append_blocks(
         self, content_block: torch.Tensor, query_block: torch.Tensor, ragged: bool
@@ -70,28 +62,6 @@ class ARMDCache(Cache):
     def reset(self) -> None:
         super().reset()
         self.num_passes, self.ragged = 0, False
-        for name in self._ROW_STATE:
-            setattr(self, name, None)
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        self._map_rows(lambda value: value.index_select(0, beam_idx.to(value.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self._map_rows(lambda value: value.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        super().batch_select_indices(indices)
-        self._map_rows(lambda value: value[indices])
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Not possible: the running prefix state is a sum, and its last terms are not kept."""
-        if tokens_to_remove:
-            raise NotImplementedError(
-                f"An ARMDCache cannot be cropped (`tokens_to_remove`={tokens_to_remove}): its prefix state is a "
-                "running sum. Start from a new cache."
-            )
 
 
 __all__ = ["ARMDCache"]

@@ -7,6 +7,7 @@ import torch
 
 from ..diffusion.canvas import check_labels, check_length, check_query_positions, check_tokens, real_positions
 from ..diffusion.masking import NoisedText
+from .batched_cache import SlotCache
 
 
 def read_noise_level(
@@ -113,17 +114,21 @@ def check_targets(
         )
 
 
-def check_cache(past_key_values: Any, query_positions: torch.Tensor | None, config: Any) -> None:
-    """Raise ValueError where a cache is asked for that could not be exact."""
-    if past_key_values is None:
-        return
-    if config.block_size is None:
+def check_cache(cache: Any, kind: type[SlotCache], query_positions: torch.Tensor | None, batch_size: int) -> None:
+    """Raise ValueError for a cache that the model or the batch cannot use."""
+    if not isinstance(cache, kind):
         raise ValueError(
-            "`past_key_values`, which `use_cache=True` starts, needs a model with `block_size`: in this one every "
-            "position reads all others, so nothing stays right when a token is drawn. Leave both out."
+            f"`past_key_values` must be an `{kind.__name__}`, got {type(cache).__name__}. Models with `block_size` "
+            "have an exact `MDLMCache`; in others every position reads all others, so nothing stays right when a token "
+            "is drawn, and there is only an `ApproximateMDLMCache`."
         )
     if query_positions is None:
         raise ValueError(
-            "`past_key_values`, which `use_cache=True` starts, needs `query_positions`: the block that they lie in "
-            "says what is finished, which is all before it."
+            "`past_key_values` needs `query_positions`: what they ask for is not finished, and says what is computed."
+        )
+    rows = cache.num_rows
+    if rows is not None and rows != batch_size:
+        raise ValueError(
+            f"`input_ids` has {batch_size} rows, but the cache in `past_key_values` {rows}. Select or repeat the rows "
+            "of the cache with those of the batch."
         )

@@ -15,6 +15,7 @@ from transformers.utils.generic import can_return_tuple
 
 from ..diffusion.masking import NoisedText, draw_noised_text
 from ..generation.mixin import DiffusionGenerationMixin
+from .approximate_cache_mdlm import ApproximateMDLMCache, rows_not_kept
 from .blocks_mdlm import Rows, next_rows, places_in_text, two_copies, whole_text
 from .cache_mdlm import MDLMCache
 from .configuration_mdlm import MDLMConfig
@@ -69,7 +70,7 @@ class MDLMModel(PublishedModel):
         t: torch.Tensor | float | None = None,
         modulations: Modulations | None = None,
         query_positions: torch.Tensor | None = None,
-        past_key_values: MDLMCache | None = None,
+        past_key_values: MDLMCache | ApproximateMDLMCache | None = None,
         clean_ids: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
     ) -> QueryModelOutput:
@@ -96,7 +97,7 @@ class MDLMModel(PublishedModel):
         hidden_states = self.embed_tokens(rows.input_ids)
         rotary = self.rotary_emb(hidden_states, rows.places)
         # Nobody reads the last layer but the head, so rows that are not asked for end there.
-        if self.config.block_size is None:
+        if self.config.block_size is None and past_key_values is None:
             mask = create_bidirectional_mask(
                 config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
             )
@@ -121,8 +122,8 @@ class MDLMModel(PublishedModel):
             )
             states_of_layers.append(hidden_states)
         if past_key_values is not None:
-            assert rows.num_final is not None
-            past_key_values.finish(rows.num_final)
+            assert rows.state_after is not None
+            past_key_values.finish(rows.state_after)
 
         def answer(states: torch.Tensor) -> torch.Tensor:
             """The rows that were asked for."""
@@ -142,17 +143,20 @@ class MDLMModel(PublishedModel):
         input_ids: torch.Tensor,
         real: torch.Tensor | None,
         query_positions: torch.Tensor | None,
-        past_key_values: MDLMCache | None,
+        past_key_values: MDLMCache | ApproximateMDLMCache | None,
         clean_ids: torch.Tensor | None,
     ) -> Rows:
-        check_cache(past_key_values, query_positions, self.config)
         if past_key_values is not None:
+            kind = ApproximateMDLMCache if self.config.block_size is None else MDLMCache
+            check_cache(past_key_values, kind, query_positions, input_ids.shape[0])
             if self.training and self.gradient_checkpointing:
                 raise ValueError(
                     "`past_key_values` does not go with gradient checkpointing, which would write it twice. Call "
                     "`model.eval()`, or leave it out."
                 )
             assert query_positions is not None
+            if isinstance(past_key_values, ApproximateMDLMCache):
+                return rows_not_kept(input_ids, real, query_positions, past_key_values, self.mask_token_id)
             return next_rows(input_ids, real, query_positions, past_key_values, self.config)
         if clean_ids is not None:
             assert self.config.block_size is not None
@@ -169,6 +173,9 @@ class MDLMForMaskedDiffusion(PublishedModelWithHead, DiffusionGenerationMixin):
     @property
     def has_exact_cache(self) -> bool:
         return self.config.block_size is not None
+
+    def new_approximate_cache(self) -> ApproximateMDLMCache:
+        return ApproximateMDLMCache(self.config.num_hidden_layers)
 
     @property
     def generation_block_size(self) -> int | None:
@@ -203,7 +210,7 @@ class MDLMForMaskedDiffusion(PublishedModelWithHead, DiffusionGenerationMixin):
         t: torch.Tensor | float | None = None,
         modulations: Modulations | None = None,
         query_positions: torch.Tensor | None = None,
-        past_key_values: MDLMCache | None = None,
+        past_key_values: MDLMCache | ApproximateMDLMCache | None = None,
         use_cache: bool | None = None,
         noised: NoisedText | tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
         generator: torch.Generator | None = None,
@@ -238,8 +245,10 @@ class MDLMForMaskedDiffusion(PublishedModelWithHead, DiffusionGenerationMixin):
                 block of each row. That block and what is not finished before it are read, later positions are not.
                 Blocks before it are finished: keys and values stay in the cache, and those tokens must not change any
                 more. The block asked for may be asked again, as it stands then, until a later one is. Logits are those
-                of a pass without cache.
-            use_cache: start a cache, if none is passed.
+                of a pass without cache. Other models take an `ApproximateMDLMCache`: tokens that were known in its
+                first pass keep the keys and values of that pass, and all else is computed. Logits are then not those of
+                a pass without cache. Positions that were known must not be asked for, and nothing may change there.
+            use_cache: start an exact cache, if none is passed.
             noised: with `labels`, the text already masked, with the weight of its tokens. Drawn if not given. May be a
                 plain tuple of the same fields, as `Trainer` hands on no other.
             generator: with `labels`, source of times and masks; torch's global one if not given.
@@ -249,14 +258,20 @@ class MDLMForMaskedDiffusion(PublishedModelWithHead, DiffusionGenerationMixin):
         Raises:
             ValueError: before any computation, for tokens outside the vocabulary, a text longer than
                 `max_position_embeddings`, a row of padding only, arguments that do not go together, a noise level that
-                is missing, out of range, or of no effect; with a cache, for queries in two blocks of a row or in a
-                finished one, and for masks before the block that is asked for.
+                is missing, out of range, or of no effect; with a cache, for queries in two blocks of a row or in what
+                is finished, and for masks before the block that is asked for.
         """
         if labels is None:
             for name, value in (("noised", noised), ("generator", generator)):
                 if value is not None:
                     raise ValueError(f"`{name}` has no effect without `labels`. Leave it out, or pass `labels`.")
             if use_cache and past_key_values is None:
+                if self.config.block_size is None:
+                    raise ValueError(
+                        "`use_cache=True` needs a model with `block_size`: in this one every position reads all "
+                        "others, so nothing stays right when a token is drawn. Leave it out; an approximation is "
+                        f"`past_key_values=ApproximateMDLMCache({self.config.num_hidden_layers})`."
+                    )
                 past_key_values = MDLMCache(self.config.num_hidden_layers)
             outputs = self.model(
                 input_ids,

@@ -140,6 +140,27 @@ def test_semi_autoregressive(model, canvas):
     assert p_value(model, canvas, chain, strategy="semi_autoregressive", block_length=2) > 1e-3
 
 
+@CANVAS_CASES
+@pytest.mark.parametrize("block_size", [1, 2, 3])
+def test_block_causal(canvas, block_size):
+    model = toy(block_size=block_size)
+    # Blocks of the model are laid over the whole text. What it predicts depends on no later one.
+    block = torch.arange(LENGTH) // block_size
+    first = block.where(MASKED, LENGTH).amin(-1, keepdim=True)
+    chain = [one_of(MASKED & (block == first))(predictions(model))] * LENGTH
+    assert p_value(model, canvas, chain, strategy="semi_autoregressive") > 1e-3
+
+
+def test_without_a_cache_a_block_causal_model_follows_the_same_law():
+    model = toy(block_size=2)
+    block = torch.arange(LENGTH) // 2
+    first = block.where(MASKED, LENGTH).amin(-1, keepdim=True)
+    chain = [one_of(MASKED & (block == first))(predictions(model))] * LENGTH
+    assert p_value(model, NOTHING, chain, strategy="semi_autoregressive", use_cache=False) > 1e-3
+    whole = [one_of(MASKED)(predictions(model))] * LENGTH
+    assert p_value(model, NOTHING, whole, strategy="semi_autoregressive", use_cache=False) < 1e-6
+
+
 @pytest.mark.parametrize("remasking", ["cap", "rescale"])
 @CANVAS_CASES
 def test_remasking(model, remasking, canvas):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from golden_mdlm import VARIANTS, load_golden
 from scipy import stats
+from tiny_mdlm import text, tiny
 
 from hf_diffusion.diffusion.schedules import Cosine, Linear, LogLinear
 from hf_diffusion.generation.reference_sampler import (
@@ -95,6 +96,36 @@ class TestReference:
         )
         assert torch.equal(tokens, golden[f"semi_ar.{stride}x{num_strides}.ids"])
         assert nfe == golden[f"semi_ar.{stride}x{num_strides}.nfe"]
+
+    @pytest.mark.parametrize("sampler", ["ddpm", "ddpm_cache", "analytic"])
+    def test_samples_of_generate(self, golden, sampler):
+        output = golden.model().generate(
+            torch.full((4, 16), golden.mask_token_id),
+            reference_sampler=sampler,
+            strategy="ancestral",
+            max_denoising_steps=24,
+            eos_token_id=None,
+            generator=torch.Generator().manual_seed(golden.seeds["samplers"]),
+            return_dict_in_generate=True,
+        )
+        assert torch.equal(output.sequences, golden[f"sample.{sampler}.out"])
+        assert output.nfe == golden[f"sample.{sampler}.nfe"]
+
+    @pytest.mark.parametrize(("stride", "num_strides"), [(4, 2), (8, 1)])
+    def test_windows_of_generate(self, golden, stride, num_strides):
+        torch.manual_seed(golden.seeds["semi_ar"])
+        sequences = golden.model().generate(
+            torch.full((3, 0), golden.mask_token_id),
+            reference_sampler="ddpm_cache",
+            strategy="semi_autoregressive",
+            block_strategy="ancestral",
+            block_length=stride,
+            sliding_window=True,
+            max_denoising_steps=16,
+            max_length=16 + stride * num_strides,
+            eos_token_id=None,
+        )
+        assert torch.equal(sequences, golden[f"semi_ar.{stride}x{num_strides}.ids"])
 
     def test_race(self, golden):
         assert torch.equal(exponential_race(golden["cat.probs"], golden["cat.uniform"]), golden["cat.sample"])
@@ -239,6 +270,30 @@ class TestLaw:
 
 
 class TestArguments:
+    WINDOWS = {"strategy": "semi_autoregressive", "block_length": 2, "sliding_window": True, "max_denoising_steps": 2}
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"attention_mask": torch.tensor([[0, 1, 1]])}, "`attention_mask` marks padding"),
+            ({"temperature": 0.5}, "`temperature`=0.5: the reference sampler has nothing of the kind"),
+            ({"eos_token_id": 3}, "`eos_token_id`=3: the reference sampler has nothing of the kind"),
+            ({"streamer": object()}, "`streamer` sees nothing of the reference sampler"),
+            ({"remasking": "cap", "remasking_strength": 0.5}, "`remasking` is no part of the reference sampler"),
+            ({"reference_sampler": "ancestral"}, "`reference_sampler` must be one of"),
+            ({"strategy": "first_hitting", "max_denoising_steps": None}, "`reference_sampler`='ddpm' has no effect"),
+            ({**WINDOWS, "block_strategy": "ancestral"}, 'In blocks the reference has .*"ddpm_cache"'),
+            ({**WINDOWS, "block_strategy": "ancestral", "reference_sampler": "ddpm_cache"}, "reference draws windows"),
+        ],
+        ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+    )
+    def test_settings_of_generate_that_the_reference_lacks_are_refused(self, changes, message):
+        model = tiny()
+        model.register_forward_pre_hook(lambda *_: pytest.fail("a pass was made before the error"))
+        arguments = {"strategy": "ancestral", "max_denoising_steps": 2, "reference_sampler": "ddpm", **changes}
+        with pytest.raises(ValueError, match=message):
+            model.generate(text(1, 3), max_new_tokens=5, **arguments)
+
     @pytest.mark.parametrize(
         ("changes", "message"),
         [

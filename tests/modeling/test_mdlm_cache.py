@@ -203,8 +203,12 @@ def test_wrong_passes_are_refused(arguments, message):
 
 def test_a_cache_that_could_not_be_exact_is_refused():
     ids, queries = text(1, 6), torch.tensor([[2]])
-    for arguments in ({"use_cache": True}, {"past_key_values": MDLMCache(3)}):
-        with pytest.raises(ValueError, match="needs a model with `block_size`"):
+    refusals = (
+        ({"use_cache": True}, "needs a model with `block_size`"),
+        ({"past_key_values": MDLMCache(3)}, "must be an `ApproximateMDLMCache`, got MDLMCache"),
+    )
+    for arguments, message in refusals:
+        with pytest.raises(ValueError, match=message):
             tiny()(ids, query_positions=queries, **arguments)
         with pytest.raises(ValueError, match="does not go with `labels`"):
             tiny(block_size=3)(ids, labels=ids, **arguments)
