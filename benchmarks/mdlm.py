@@ -59,8 +59,8 @@ def plain_twin(model: MDLMForMaskedDiffusion) -> PlainMDLM:
 def random_text(batch_size: int, mask_token_id: int) -> tuple[torch.Tensor, NoisedText]:
     """Tokens [batch, LENGTH], and the same at evenly spread times."""
     text = torch.randint(mask_token_id, (batch_size, LENGTH))
-    t = (torch.arange(batch_size) + 0.5) / batch_size
-    masked = torch.rand(text.shape).argsort(dim=1) < t[:, None] * LENGTH
+    t = (torch.arange(batch_size)[:, None] + 0.5) / batch_size
+    masked = torch.rand(text.shape).argsort(dim=1) < t * LENGTH
     return text, NoisedText(text.masked_fill(masked, mask_token_id), 1 / t, -torch.log1p(-0.999 * t))
 
 

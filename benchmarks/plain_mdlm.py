@@ -123,7 +123,7 @@ class PlainMDLM(nn.Module):
     def loss(self, text: torch.Tensor, noised: NoisedText) -> torch.Tensor:
         """The bound in nats per token of `text` [batch, length]."""
         nll = -self.log_probs(noised.input_ids).gather(-1, text[..., None])[..., 0]
-        return (nll * noised.weight[:, None]).mean()
+        return (nll * noised.weight).mean()
 
     @torch.no_grad()
     def probs(self, canvas: torch.Tensor) -> torch.Tensor:

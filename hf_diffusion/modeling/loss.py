@@ -7,8 +7,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 
-MAX_LOGITS = 2**25
-"""Logits held at once, in elements: 128 MiB in float32."""
+MAX_LOGITS = 2**24
+"""Logits held at once, in elements: 64 MiB in float32."""
 
 
 def chunked_cross_entropy(

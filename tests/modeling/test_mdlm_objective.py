@@ -145,7 +145,6 @@ class TestObjective:
             (text(2, 7), {}, "`labels` must have the shape of `input_ids`"),
             (text(2, 8, masked=0.5), {}, "`labels` hold the mask token .11."),
             (text(2, 8) + 12, {}, "`labels` holds .* no token of the vocabulary"),
-            (text(2, 8), {"attention_mask": torch.tensor([[0] + [1] * 7] * 2)}, "`labels` name tokens where"),
             (text(2, 8), {"t": 0.5}, "`t` does not go with `labels`"),
             (text(2, 8), {"query_positions": torch.tensor([[1], [2]])}, "`query_positions` does not go with `labels`"),
         ],
