@@ -29,19 +29,26 @@ TINY = {
     "warmup_steps": 2,
     "validation_blocks": 4,
 }
-OWN = {"armd": {"max_shuffled": 8}, "mdlm": {"validation_draws": 4}, "llama": {}}
+OWN = {
+    "armd": {"max_shuffled": 8},
+    "mdlm": {"validation_draws": 4},
+    "mdlm_blocks": {"family": "mdlm", "validation_draws": 4, "block_size": 5},
+    "llama": {},
+}
 EVALUATIONS = {
     "armd": ["left_to_right", "2_streams", "4_streams", "8_streams"],
     "mdlm": ["bound"],
+    "mdlm_blocks": ["bound"],
     "llama": ["left_to_right"],
 }
 LOSSES, ERRORS = "validation_loss_nats_per_token", "standard_error_nats_per_token"
 
-every_family = pytest.mark.parametrize("family", FAMILIES)
+every_family = pytest.mark.parametrize("family", [*FAMILIES, "mdlm_blocks"])
 
 
 def recipe(family, text, output, **settings):
-    return FAMILIES[family](text=str(text), output=output, **{**TINY, **OWN[family], **settings})
+    settings = {"family": family, **TINY, **OWN[family], **settings}
+    return FAMILIES[settings.pop("family")](text=str(text), output=output, **settings)
 
 
 def flags(family, **settings):
@@ -90,9 +97,10 @@ def test_command_trains_evaluates_and_writes_everything(family, text, tmp_path, 
     losses, errors = results[LOSSES], results[ERRORS]
     assert list(losses) == EVALUATIONS[family]
     assert max(losses.values()) < 5.0 < torch.tensor(300.0).log()
-    assert list(errors) == (["bound"] if family == "mdlm" else [])
+    assert list(errors) == [name for name in losses if name == "bound"]
     assert results["training_tokens"] == 30 * 4 * 32
-    assert results["family"] == family
+    assert results["family"] == OWN[family].get("family", family)
+    assert json.loads((output / "config.json").read_text()).get("block_size") == OWN[family].get("block_size")
     name, expected = loss_of_saved_model(family, output, text)
     assert losses[name] == pytest.approx(expected, rel=3e-2 if name == "bound" else 1e-5)
     printed = capsys.readouterr().out
@@ -211,6 +219,8 @@ def test_two_processes_get_the_loss_of_one(family, learning_rate, text, tmp_path
         (["--block-length", "4"], "`block_length` must be at least the most streams validated (8)"),
         (["--vocab-size", "100"], "`vocab_size` must be at least 258"),
         (["--family", "mdlm", "--validation-draws", "1"], "`validation_draws` must be at least 2"),
+        (["--family", "mdlm", "--block-size", "0"], "`block_size` must be 1 to `block_length` (256)"),
+        (["--family", "mdlm", "--block-size", "257"], "`block_size` must be 1 to `block_length` (256)"),
         (["--validation-draws", "4"], "`validation_draws` (4) has no effect with `family`='armd'; it is for mdlm."),
         (["--family", "mdlm", "--no-left-neighbour"], "`left_neighbour` (False) has no effect with `family`='mdlm'"),
         (
@@ -224,8 +234,8 @@ def test_two_processes_get_the_loss_of_one(family, learning_rate, text, tmp_path
         ),
     ],
     ids=[
-        *("steps", "family", "rho", "fraction", "text", "warm-up", "length", "vocabulary", "draws"),
-        *("of-mdlm", "switch-of-armd", "several-of-armd", "validation-text", "two-validations"),
+        *("steps", "family", "rho", "fraction", "text", "warm-up", "length", "vocabulary", "draws", "no-block"),
+        *("long-block", "of-mdlm", "switch-of-armd", "several-of-armd", "validation-text", "two-validations"),
     ],
 )
 def test_wrong_flags_are_refused_and_nothing_is_written(given, message, text, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Training MDLM: plain texts, which the model masks itself, validated on a bound with masks that stay the same."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,10 +22,18 @@ class MDLMRecipe(TrainingRecipe):
     family = "mdlm"
     summary = "bidirectional masked diffusion"
 
+    block_size: int | None = field(
+        default=None, metadata={"help": "tokens in a block of a text, for block diffusion (default: no blocks)"}
+    )
     validation_draws: int = field(default=8, metadata={"help": "draws of masks that the bound is estimated from"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.block_size is not None and not 1 <= self.block_size <= self.block_length:
+            raise ValueError(
+                f"`block_size` must be 1 to `block_length` ({self.block_length}), the tokens in a training text, got "
+                f"{self.block_size}. Leave it out for a text without blocks."
+            )
         if self.validation_draws < 2:
             raise ValueError(
                 f"`validation_draws` must be at least 2, got {self.validation_draws}: the standard error comes from "
@@ -38,6 +47,7 @@ class MDLMRecipe(TrainingRecipe):
                 vocab_size=len(tokenizer),
                 residual_dropout=self.dropout,
                 mask_token_id=tokenizer.mask_token_id,
+                block_size=self.block_size,
             )
         )
 
@@ -48,8 +58,12 @@ class MDLMRecipe(TrainingRecipe):
         texts = TokenBlocks(tokens, self.block_length).blocks
         # A seed of its own: runs with different seeds are validated with the same masks.
         generator = torch.Generator().manual_seed(0)
-        draws = [MaskedTexts(texts, tokenizer.mask_token_id, generator) for _ in range(self.validation_draws)]
-        return {"bound": draws}
+        return {
+            "bound": [
+                MaskedTexts(texts, tokenizer.mask_token_id, generator, self.block_size)
+                for _ in range(self.validation_draws)
+            ]
+        }
 
     def callbacks(self, collator: Collator) -> list[TrainerCallback]:
         return [SeparateSeedsCallback()]
@@ -62,14 +76,21 @@ class MaskedTexts(Dataset):
 
     Args:
         texts: long [n, length].
+        block_size: of the model; None for a model without blocks.
     """
 
-    def __init__(self, texts: torch.Tensor, mask_token_id: int, generator: torch.Generator) -> None:
+    def __init__(
+        self, texts: torch.Tensor, mask_token_id: int, generator: torch.Generator, block_size: int | None = None
+    ) -> None:
         self.texts = texts
-        # Numbers of masks that are spread evenly over the texts, and dealt out at random, so that any text may get any.
-        numbers = low_discrepancy(torch.rand(len(texts), generator=generator))
-        numbers = numbers[torch.randperm(len(texts), generator=generator)]
-        self.noised = mask_random_number(texts, numbers, torch.rand(texts.shape, generator=generator), mask_token_id)
+        num_texts, length = texts.shape
+        num_blocks = 1 if block_size is None else math.ceil(length / block_size)
+        # Numbers of masks that are spread evenly over the blocks of all texts, and dealt out at random, so that any
+        # block may get any.
+        numbers = low_discrepancy(torch.rand(num_texts * num_blocks, generator=generator))
+        numbers = numbers[torch.randperm(len(numbers), generator=generator)].view(num_texts, num_blocks)
+        token_uniforms = torch.rand(texts.shape, generator=generator)
+        self.noised = mask_random_number(texts, numbers, token_uniforms, mask_token_id, block_size)
 
     def __len__(self) -> int:
         return len(self.texts)
