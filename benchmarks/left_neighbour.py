@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--hidden-size", type=int, default=128)
-    parser.add_argument("--block-length", type=int, default=128)
+    parser.add_argument("--text-length", type=int, default=128)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     left_to_right = {"validation_streams": (1,), "max_shuffled": 1, "strided_start": 1.0}
@@ -41,7 +41,7 @@ def main() -> None:
                         steps=arguments.steps,
                         evaluate_every=arguments.steps,
                         hidden_size=arguments.hidden_size,
-                        block_length=arguments.block_length,
+                        text_length=arguments.text_length,
                         warmup_steps=60,
                         ema_decay=0.99,
                         seed=seed,

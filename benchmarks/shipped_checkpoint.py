@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from hf_diffusion.checkpoints import ARMD_SHAKESPEARE
 from hf_diffusion.diffusion.orders import strided_steps
-from hf_diffusion.training.data import TokenBlocks, load_text, tokenize
+from hf_diffusion.training.data import TokenTexts, load_text, tokenize
 from hf_diffusion.training.run import split_text
 
 
@@ -28,7 +28,7 @@ def main() -> None:
     tokenizer, model = AutoTokenizer.from_pretrained(ARMD_SHAKESPEARE), AutoModel.from_pretrained(ARMD_SHAKESPEARE)
     _, held_out = split_text(load_text(arguments.text), 0.1)
     length = model.config.max_position_embeddings
-    texts = TokenBlocks(tokenize(held_out, tokenizer), length).blocks
+    texts = TokenTexts(tokenize(held_out, tokenizer), length).texts
     rows = []
     for num_streams in (1, 2, 4, 8):
         block_index = strided_steps(length, num_streams)

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 from hf_diffusion import ARMDConfig, ARMDForMaskedDiffusion
 from hf_diffusion.checkpoints import ARMD_SHAKESPEARE
-from hf_diffusion.training import CurriculumCallback, OrderCollator, OrderCurriculum, TokenBlocks
+from hf_diffusion.training import CurriculumCallback, OrderCollator, OrderCurriculum, TokenTexts
 
 
 tokenizer = AutoTokenizer.from_pretrained(ARMD_SHAKESPEARE)
@@ -44,7 +44,7 @@ trainer = Trainer(
         report_to=[],
     ),
     data_collator=collator,
-    train_dataset=TokenBlocks(tokens, length=64),
+    train_dataset=TokenTexts(tokens, length=64),
     callbacks=[CurriculumCallback(collator)],
 )
 trainer.train()

@@ -109,7 +109,7 @@ class TestModel:
 
     @pytest.mark.slow
     def test_torch_compile_of_training_changes_nothing(self, family):
-        model, ids = family.model().train(), text(2, 9)
+        model, ids = family.model(torch.float64).train(), text(2, 9)
         expected = family.loss(model, ids)
         expected.backward()
         gradients = [weight.grad for weight in model.parameters()]
@@ -117,7 +117,7 @@ class TestModel:
         loss = family.loss(torch.compile(model), ids)
         loss.backward()
         torch.testing.assert_close(loss, expected)
-        torch.testing.assert_close([weight.grad for weight in model.parameters()], gradients, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close([weight.grad for weight in model.parameters()], gradients, rtol=1e-4, atol=1e-8)
 
     def test_bfloat16_is_close_to_float32(self, family):
         model, ids = family.model(), text(2, 9)

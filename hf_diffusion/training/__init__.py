@@ -2,7 +2,7 @@
 
 from .curriculum import CurriculumCallback, OrderCollator, OrderCurriculum
 from .curves import LossCurveCallback
-from .data import TokenBlocks, load_text, train_tokenizer
+from .data import TokenTexts, load_text, train_tokenizer
 from .ema import EMACallback
 
 
@@ -12,7 +12,7 @@ __all__ = [
     "LossCurveCallback",
     "OrderCollator",
     "OrderCurriculum",
-    "TokenBlocks",
+    "TokenTexts",
     "load_text",
     "train_tokenizer",
 ]

@@ -1,4 +1,4 @@
-"""Text in, blocks of tokens out."""
+"""Documents in, training texts of equal length out."""
 
 import gzip
 from collections.abc import Iterator
@@ -84,24 +84,24 @@ def tokenize(documents: list[str], tokenizer: Any) -> torch.Tensor:
     return torch.tensor(ids, dtype=torch.long)
 
 
-class TokenBlocks(Dataset):
-    """Consecutive blocks of `length` tokens; what is left at the end is dropped.
+class TokenTexts(Dataset):
+    """Consecutive texts of `length` tokens; what is left at the end is dropped.
 
     Args:
         tokens: long tensor [n].
-        length: tokens in a block.
-        block_index: long tensor [length], an order that every block is read in; None leaves it to the collator.
+        length: tokens in a text.
+        block_index: long tensor [length], an order that every text is read in; None leaves it to the collator.
     """
 
     def __init__(self, tokens: torch.Tensor, length: int, block_index: torch.Tensor | None = None) -> None:
         if len(tokens) < length:
-            raise ValueError(f"The text has {len(tokens)} tokens, fewer than one block of {length}. Use more text.")
-        self.blocks = tokens[: len(tokens) // length * length].view(-1, length)
+            raise ValueError(f"There are {len(tokens)} tokens, fewer than one text of {length}. Use more text.")
+        self.texts = tokens[: len(tokens) // length * length].view(-1, length)
         self.block_index = block_index
 
     def __len__(self) -> int:
-        return len(self.blocks)
+        return len(self.texts)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        example = {"input_ids": self.blocks[index]}
+        example = {"input_ids": self.texts[index]}
         return example if self.block_index is None else {**example, "block_index": self.block_index}

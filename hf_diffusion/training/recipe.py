@@ -39,8 +39,8 @@ class TrainingRecipe(ABC):
         default=None,
         metadata={"help": "share of the text, at its end, to validate on (default: 0.1 if there is no other text)"},
     )
-    validation_blocks: int = field(
-        default=32, metadata={"help": "blocks used to validate while training; all at the end"}
+    validation_texts: int = field(
+        default=32, metadata={"help": "texts used to validate while training; all at the end"}
     )
     hidden_size: int = field(default=256, metadata={"help": "width of the model"})
     num_hidden_layers: int = field(default=4, metadata={"help": "number of layers"})
@@ -48,7 +48,7 @@ class TrainingRecipe(ABC):
     dropout: float = field(
         default=0.0, metadata={"help": "on sublayers (armd: on embeddings too; llama: on attention instead)"}
     )
-    block_length: int = field(default=256, metadata={"help": "tokens in a training text"})
+    text_length: int = field(default=256, metadata={"help": "tokens in a training text"})
     batch_size: int = field(default=8, metadata={"help": "texts per process and step"})
     steps: int = field(default=1000, metadata={"help": "optimiser steps"})
     learning_rate: float = field(default=1.5e-3, metadata={"help": "after warm-up"})
@@ -67,7 +67,7 @@ class TrainingRecipe(ABC):
     resume: bool = field(default=False, metadata={"help": "continue from the last checkpoint in the output folder"})
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "block_length", "evaluate_every", "validation_blocks"):
+        for name in ("steps", "batch_size", "text_length", "evaluate_every", "validation_texts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         if self.validation_text is not None:
@@ -108,7 +108,7 @@ class TrainingRecipe(ABC):
             "hidden_size": self.hidden_size,
             "num_hidden_layers": self.num_hidden_layers,
             "num_attention_heads": self.num_attention_heads,
-            "max_position_embeddings": self.block_length,
+            "max_position_embeddings": self.text_length,
             "tie_word_embeddings": True,
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
@@ -120,7 +120,7 @@ class TrainingRecipe(ABC):
 
     @abstractmethod
     def collator(self, tokenizer: Any) -> Collator:
-        """Makes batches of what `TokenBlocks` and the family's own evaluations hold."""
+        """Makes batches of what `TokenTexts` and the family's own evaluations hold."""
 
     @abstractmethod
     def evaluations(self, tokens: torch.Tensor, tokenizer: Any) -> dict[str, Sequence[Dataset]]:

@@ -12,7 +12,7 @@ from torch.utils.data import ConcatDataset
 from transformers import AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
 
 from .curves import LossCurveCallback
-from .data import MASK, TokenBlocks, load_text, tokenize, train_tokenizer
+from .data import MASK, TokenTexts, load_text, tokenize, train_tokenizer
 from .ema import EMACallback
 from .recipe import TrainingRecipe
 
@@ -37,9 +37,9 @@ def train(recipe: TrainingRecipe) -> dict[str, Any]:
         if tokenizer.mask_token_id is None:
             tokenizer.add_special_tokens({"mask_token": MASK})
     tokens, validation_tokens = tokenize(training_text, tokenizer), tokenize(validation_text, tokenizer)
-    data = TokenBlocks(tokens, recipe.block_length)
+    data = TokenTexts(tokens, recipe.text_length)
     evaluations = recipe.evaluations(validation_tokens, tokenizer)
-    first_tokens = validation_tokens[: recipe.validation_blocks * recipe.block_length]
+    first_tokens = validation_tokens[: recipe.validation_texts * recipe.text_length]
     while_training: dict[str, Any] = {
         name: ConcatDataset(draws) for name, draws in recipe.evaluations(first_tokens, tokenizer).items()
     }
@@ -71,9 +71,9 @@ def train(recipe: TrainingRecipe) -> dict[str, Any]:
             name: statistics.stdev(draws) / math.sqrt(len(draws)) for name, draws in losses.items() if len(draws) > 1
         },
         "parameters": model.num_parameters(),
-        "training_tokens": recipe.steps * recipe.batch_size * recipe.block_length * arguments.world_size,
+        "training_tokens": recipe.steps * recipe.batch_size * recipe.text_length * arguments.world_size,
         "tokens_in_text": len(tokens),
-        "validation_tokens": len(validation_tokens) // recipe.block_length * recipe.block_length,
+        "validation_tokens": len(validation_tokens) // recipe.text_length * recipe.text_length,
         "family": recipe.family,
         "settings": {name: str(v) if isinstance(v, Path) else v for name, v in asdict(recipe).items()},
     }
@@ -102,10 +102,10 @@ def _save(model: PreTrainedModel, tokenizer: Any, recipe: TrainingRecipe) -> Non
     tokenizer.save_pretrained(recipe.output)
 
 
-def _whole_batches(data: TokenBlocks, batch_size: int) -> Any:
-    """`data` without the blocks that would make up a smaller last batch."""
+def _whole_batches(data: TokenTexts, batch_size: int) -> Any:
+    """`data` without the texts that would make up a smaller last batch."""
     if len(data) < batch_size:
-        raise ValueError(f"The text has {len(data)} blocks, fewer than one batch of {batch_size}. Use more text.")
+        raise ValueError(f"There are {len(data)} texts, fewer than one batch of {batch_size}. Use more text.")
     return torch.utils.data.Subset(data, range(len(data) // batch_size * batch_size))
 
 

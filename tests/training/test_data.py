@@ -1,11 +1,11 @@
-"""Text to blocks of tokens."""
+"""Documents to texts of equal length."""
 
 import gzip
 
 import pytest
 import torch
 
-from hf_diffusion.training import TokenBlocks, load_text, train_tokenizer
+from hf_diffusion.training import TokenTexts, load_text, train_tokenizer
 from hf_diffusion.training.data import tokenize
 
 
@@ -42,9 +42,9 @@ def test_special_tokens_spelled_out_in_a_text_are_text():
     assert int((ids == tokenizer.eos_token_id).sum()) == 1
 
 
-def test_blocks_cut_the_text_without_overlap():
-    blocks = TokenBlocks(torch.arange(10), 4)
-    assert [block["input_ids"].tolist() for block in blocks] == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert TokenBlocks(torch.arange(10), 4, torch.arange(4).flip(0))[0]["block_index"].tolist() == [3, 2, 1, 0]
-    with pytest.raises(ValueError, match="fewer than one block"):
-        TokenBlocks(torch.arange(3), 4)
+def test_texts_follow_each_other_without_overlap():
+    texts = TokenTexts(torch.arange(10), 4)
+    assert [text["input_ids"].tolist() for text in texts] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert TokenTexts(torch.arange(10), 4, torch.arange(4).flip(0))[0]["block_index"].tolist() == [3, 2, 1, 0]
+    with pytest.raises(ValueError, match="fewer than one text"):
+        TokenTexts(torch.arange(3), 4)

@@ -17,7 +17,7 @@ MASK = 11
 
 @pytest.fixture
 def recipe(tmp_path):
-    return MDLMRecipe(text="any.txt", output=tmp_path, block_length=4, validation_draws=6)
+    return MDLMRecipe(text="any.txt", output=tmp_path, text_length=4, validation_draws=6)
 
 
 def bound_by_enumeration(model, row):
@@ -76,7 +76,7 @@ def test_numbers_of_masks_are_spread_over_all_blocks_and_any_block_may_get_any(b
 def test_runs_with_other_seeds_are_validated_with_the_same_masks(recipe, tmp_path):
     tokens, tokenizer = text(1, 42)[0], SimpleNamespace(mask_token_id=MASK)
     draws = recipe.evaluations(tokens, tokenizer)["bound"]
-    other = MDLMRecipe(text="any.txt", output=tmp_path, block_length=4, validation_draws=6, seed=5)
+    other = MDLMRecipe(text="any.txt", output=tmp_path, text_length=4, validation_draws=6, seed=5)
     assert len(draws) == 6
     for one, same in zip(draws, other.evaluations(tokens, tokenizer)["bound"], strict=True):
         assert torch.equal(one.texts.flatten(), tokens[:40])
@@ -85,7 +85,7 @@ def test_runs_with_other_seeds_are_validated_with_the_same_masks(recipe, tmp_pat
 
 
 def test_validation_masks_are_drawn_in_the_blocks_of_the_recipe(tmp_path):
-    recipe = MDLMRecipe(text="any.txt", output=tmp_path, block_length=4, block_size=1)
+    recipe = MDLMRecipe(text="any.txt", output=tmp_path, text_length=4, block_size=1)
     draws = recipe.evaluations(text(1, 42)[0], SimpleNamespace(mask_token_id=MASK))["bound"]
     assert all(bool((draw.noised.input_ids == MASK).all()) for draw in draws)
 

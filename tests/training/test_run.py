@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, 
 
 from hf_diffusion.cli import main
 from hf_diffusion.diffusion.orders import strided_steps
-from hf_diffusion.training.data import TokenBlocks, load_text, tokenize
+from hf_diffusion.training.data import TokenTexts, load_text, tokenize
 from hf_diffusion.training.families import FAMILIES
 from hf_diffusion.training.run import split_text, train
 
@@ -24,10 +24,10 @@ TINY = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
-    "block_length": 32,
+    "text_length": 32,
     "batch_size": 4,
     "warmup_steps": 2,
-    "validation_blocks": 4,
+    "validation_texts": 4,
 }
 OWN = {
     "armd": {"max_shuffled": 8},
@@ -75,7 +75,7 @@ def loss_of_saved_model(family, folder, text):
     """What the files in `folder` score on the held-out text, by the model alone."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     held_out = tokenize(split_text(load_text(str(text)), 0.1)[1], tokenizer)
-    texts = TokenBlocks(held_out, TINY["block_length"]).blocks
+    texts = TokenTexts(held_out, TINY["text_length"]).texts
     if family == "armd":
         order = strided_steps(texts.shape[1], 4).expand(texts.shape)
         return "4_streams", float(AutoModel.from_pretrained(folder)(texts, labels=texts, block_index=order).loss)
@@ -142,7 +142,7 @@ def test_weights_stored_in_half_are_used_in_full(family, text, tmp_path):
         train(settings)
 
 
-def test_few_held_out_blocks_are_evaluated_all_the_same(text, tmp_path):
+def test_few_held_out_texts_are_evaluated_all_the_same(text, tmp_path):
     few = {"batch_size": 16, "validation_fraction": 0.03, "warmup_steps": 1}
     results = train(recipe("armd", text, tmp_path, steps=4, evaluate_every=4, **few))
     assert results["validation_tokens"] % (16 * 32) != 0
@@ -216,11 +216,11 @@ def test_two_processes_get_the_loss_of_one(family, learning_rate, text, tmp_path
         (["--validation-fraction", "1"], "`validation_fraction` must be between 0 and 1"),
         (["--text", "nowhere.txt"], "'nowhere.txt' is not a file"),
         (["--steps", "100", "--warmup-steps", "90"], "`warmup_steps` (90) and the decay (20 steps) do not fit"),
-        (["--block-length", "4"], "`block_length` must be at least the most streams validated (8)"),
+        (["--text-length", "4"], "`text_length` must be at least the most streams validated (8)"),
         (["--vocab-size", "100"], "`vocab_size` must be at least 258"),
         (["--family", "mdlm", "--validation-draws", "1"], "`validation_draws` must be at least 2"),
-        (["--family", "mdlm", "--block-size", "0"], "`block_size` must be 1 to `block_length` (256)"),
-        (["--family", "mdlm", "--block-size", "257"], "`block_size` must be 1 to `block_length` (256)"),
+        (["--family", "mdlm", "--block-size", "0"], "`block_size` must be 1 to `text_length` (256)"),
+        (["--family", "mdlm", "--block-size", "257"], "`block_size` must be 1 to `text_length` (256)"),
         (["--validation-draws", "4"], "`validation_draws` (4) has no effect with `family`='armd'; it is for mdlm."),
         (["--family", "mdlm", "--no-left-neighbour"], "`left_neighbour` (False) has no effect with `family`='mdlm'"),
         (

@@ -12,7 +12,7 @@ from ...diffusion.orders import strided_steps
 from ...modeling.configuration_armd import ARMDConfig
 from ...modeling.modeling_armd import ARMDForMaskedDiffusion
 from ..curriculum import CurriculumCallback, OrderCollator, OrderCurriculum
-from ..data import TokenBlocks, vocab_size_without_mask
+from ..data import TokenTexts, vocab_size_without_mask
 from ..recipe import TrainingRecipe
 
 
@@ -38,10 +38,10 @@ class ARMDRecipe(TrainingRecipe):
         super().__post_init__()
         if not self.validation_streams or min(self.validation_streams) < 1:
             raise ValueError(f"`validation_streams` must hold positive numbers, got {self.validation_streams!r}.")
-        if self.block_length < max(self.validation_streams):
+        if self.text_length < max(self.validation_streams):
             raise ValueError(
-                f"`block_length` must be at least the most streams validated ({max(self.validation_streams)}), got "
-                f"{self.block_length}. Raise it, or lower `validation_streams`."
+                f"`text_length` must be at least the most streams validated ({max(self.validation_streams)}), got "
+                f"{self.text_length}. Raise it, or lower `validation_streams`."
             )
         self.curriculum()
 
@@ -72,7 +72,7 @@ class ARMDRecipe(TrainingRecipe):
     def evaluations(self, tokens: torch.Tensor, tokenizer: Any) -> dict[str, Sequence[Dataset]]:
         return {
             "left_to_right" if streams == 1 else f"{streams}_streams": [
-                TokenBlocks(tokens, self.block_length, strided_steps(self.block_length, streams))
+                TokenTexts(tokens, self.text_length, strided_steps(self.text_length, streams))
             ]
             for streams in self.validation_streams
         }

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from ..data import TokenBlocks, vocab_size_without_mask
+from ..data import TokenTexts, vocab_size_without_mask
 from ..recipe import TrainingRecipe
 
 
@@ -34,7 +34,7 @@ class LlamaRecipe(TrainingRecipe):
         return StartSymbolCollator(tokenizer.eos_token_id)
 
     def evaluations(self, tokens: torch.Tensor, tokenizer: Any) -> dict[str, Sequence[Dataset]]:
-        return {"left_to_right": [TokenBlocks(tokens, self.block_length)]}
+        return {"left_to_right": [TokenTexts(tokens, self.text_length)]}
 
 
 class StartSymbolCollator:

@@ -13,7 +13,7 @@ from ...diffusion.any_order_bound import mask_random_number
 from ...diffusion.masking import low_discrepancy
 from ...modeling.configuration_mdlm import MDLMConfig
 from ...modeling.modeling_mdlm import MDLMForMaskedDiffusion
-from ..data import TokenBlocks
+from ..data import TokenTexts
 from ..recipe import Collator, TrainingRecipe
 
 
@@ -29,9 +29,9 @@ class MDLMRecipe(TrainingRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.block_size is not None and not 1 <= self.block_size <= self.block_length:
+        if self.block_size is not None and not 1 <= self.block_size <= self.text_length:
             raise ValueError(
-                f"`block_size` must be 1 to `block_length` ({self.block_length}), the tokens in a training text, got "
+                f"`block_size` must be 1 to `text_length` ({self.text_length}), the tokens in a training text, got "
                 f"{self.block_size}. Leave it out for a text without blocks."
             )
         if self.validation_draws < 2:
@@ -55,7 +55,7 @@ class MDLMRecipe(TrainingRecipe):
         return collate_texts
 
     def evaluations(self, tokens: torch.Tensor, tokenizer: Any) -> dict[str, Sequence[Dataset]]:
-        texts = TokenBlocks(tokens, self.block_length).blocks
+        texts = TokenTexts(tokens, self.text_length).texts
         # A seed of its own: runs with different seeds are validated with the same masks.
         generator = torch.Generator().manual_seed(0)
         return {
