@@ -116,8 +116,10 @@ class TestModel:
         model.zero_grad()
         loss = family.loss(torch.compile(model), ids)
         loss.backward()
-        torch.testing.assert_close(loss, expected)
-        torch.testing.assert_close([weight.grad for weight in model.parameters()], gradients, rtol=1e-4, atol=1e-8)
+        # Not to float64's own precision: rotary angles are float32, and rounded otherwise.
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+        for weight, gradient in zip(model.parameters(), gradients, strict=True):
+            assert (weight.grad - gradient).norm() <= 1e-5 * gradient.norm()
 
     def test_bfloat16_is_close_to_float32(self, family):
         model, ids = family.model(), text(2, 9)
@@ -279,6 +281,11 @@ class TestGenerate:
         output = model.generate(prompt, max_length=20, return_dict_in_generate=True, **strategy)
         assert torch.equal(output.sequences, prompt)
         assert output.nfe == 0
+
+
+def test_every_family_has_a_strategy_of_its_own(family):
+    output = family.model().generate(text(2, 3), max_new_tokens=6)
+    assert output.shape == (2, 9)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -27,7 +27,7 @@ from .output_folder import check_free, new_folder
 
 PREFIX = "backbone."
 ROTARY_BUFFER = "rotary_emb.inv_freq"
-_SCHEDULES = {"loglinear": "loglinear", "cosine": "cosine", "cosinesqr": "cosine_squared"}
+_SCHEDULES = {"loglinear": "loglinear", "log-linear": "loglinear", "cosine": "cosine", "cosinesqr": "cosine_squared"}
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,8 @@ def set_mask_token(tokenizer: Any, mask_token_id: int) -> None:
     if tokenizer.mask_token_id != mask_token_id:
         raise ValueError(
             f"`tokenizer` has {len(tokenizer)} tokens and the mask token {tokenizer.mask_token_id}, but the mask token "
-            f"of the model is {mask_token_id}. Pass the tokenizer that the model was trained with."
+            f"of the model is {mask_token_id}. Pass the tokenizer that the model was trained with, without "
+            "tokens that were added to it later."
         )
 
 

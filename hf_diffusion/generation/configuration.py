@@ -36,7 +36,8 @@ class DiffusionGenerationConfig(GenerationConfig):
 
             - `"autoregressive"`: left to right, one per pass (default of ARMD);
             - `"strided"`: `num_streams` streams in parallel;
-            - `"semi_autoregressive"`: blocks of `block_length` from left to right, each filled by `block_strategy`;
+            - `"semi_autoregressive"`: blocks of `block_length` from left to right, each filled by `block_strategy`
+              (default of block-causal MDLM, whose `block_size` is the length);
             - `"ancestral"`: masked diffusion in `max_denoising_steps` equal steps of time, exact in law (default of
               MDLM where those are given); steps that reveal nothing cost nothing;
             - `"first_hitting"`: masked diffusion in continuous time, one position per pass (default of MDLM);
@@ -57,8 +58,8 @@ class DiffusionGenerationConfig(GenerationConfig):
             that ReMDM (arXiv 2503.00307) calls by that name.
         remasking_strength (`float`, *optional*): eta of `remasking`, in (0, 1].
         sliding_window (`bool`): with `"semi_autoregressive"`, draw as one block what fits into the context, and then
-            blocks of `block_length`, as MDLM's authors do. Texts may exceed the context with and without it: a pass
-            then reads the context that ends with its block.
+            blocks of `block_length`, as MDLM's authors do. Texts of a bidirectional model may exceed the context in
+            blocks with and without it: a pass then reads the context that ends with its block.
         approximate_cache (`bool`): with `"semi_autoregressive"` on a bidirectional model, compute what was known when
             the block began once per block, not in every pass. An approximation, whose largest error is reported with
             `return_dict_in_generate=True` (`DiffusionGenerateOutput.cache_logit_error`).

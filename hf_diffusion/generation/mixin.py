@@ -233,9 +233,15 @@ class DiffusionGenerationMixin(GenerationMixin):
         appended = self._num_appended(input_ids, config)
         input_ids = torch.nn.functional.pad(input_ids, (0, appended), value=self.config.mask_token_id)
         attention_mask = torch.nn.functional.pad(attention_mask, (0, appended), value=1)
+        context = self.config.max_position_embeddings
         if config.strategy != SEMI_AUTOREGRESSIVE or self.has_exact_cache:
             # Positions to fill are text too: prompt and `max_new_tokens` share the context.
-            check_length(input_ids, attention_mask.bool(), self.config.max_position_embeddings)
+            check_length(input_ids, attention_mask.bool(), context)
+        elif config.block_length is not None and config.block_length > context:
+            raise ValueError(
+                f"`block_length` ({config.block_length}) must be at most the model's context "
+                f"(`max_position_embeddings`={context}), in which every block is drawn. Lower it."
+            )
         repeats = config.num_return_sequences
         return input_ids.repeat_interleave(repeats, dim=0), attention_mask.repeat_interleave(repeats, dim=0)
 

@@ -182,6 +182,8 @@ class MDLMForMaskedDiffusion(PublishedModelWithHead, DiffusionGenerationMixin):
         return self.config.block_size
 
     def default_strategy(self, max_denoising_steps: int | None, in_block: bool) -> str:
+        if self.config.block_size is not None and not in_block:
+            return "semi_autoregressive"
         return "first_hitting" if max_denoising_steps is None else "ancestral"
 
     def mask_levels(self, num_steps: int) -> torch.Tensor:

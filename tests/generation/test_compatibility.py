@@ -29,6 +29,7 @@ ANCESTRAL = {"strategy": "ancestral", "max_denoising_steps": 2}
         ("mdlm", {"strategy": "confidence", "entropy_bound": 0.5}, "`entropy_bound`=0.5 has no effect with .*entropy"),
         ("mdlm", {"strategy": "ancestral"}, "needs `max_denoising_steps`"),
         ("mdlm", {"strategy": "semi_autoregressive"}, "needs `block_length`"),
+        ("mdlm", {**IN_BLOCKS, "block_length": 65}, "`block_length` .65. must be at most the model's context .*64"),
         ("mdlm_blocks", {"strategy": "first_hitting"}, "this model draws blocks of 4 positions from left to right"),
         ("mdlm_blocks", IN_BLOCKS, "`block_length` .2. must be the model's own `block_size` .4."),
         ("mdlm_blocks", {**IN_BLOCKS, "approximate_cache": True, "block_length": 4}, "the cache of .* is exact"),
