@@ -1,13 +1,15 @@
-"""Shared set-up: the same seed for every test, and no network."""
+"""Shared set-up: the same seed for every test, no network, and one thread: models are so small that more only wait."""
 
 import os
 from pathlib import Path
 
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for what tests start
+
 import pytest
 import torch
 
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
