@@ -6,7 +6,14 @@ from dataclasses import dataclass, field
 import torch
 from tiny_mdlm import open_up
 
-from hf_diffusion import ARMDConfig, ARMDForMaskedDiffusion, MDLMConfig, MDLMForMaskedDiffusion
+from hf_diffusion import (
+    ARMDConfig,
+    ARMDForMaskedDiffusion,
+    LoMDMConfig,
+    LoMDMForMaskedDiffusion,
+    MDLMConfig,
+    MDLMForMaskedDiffusion,
+)
 
 
 VOCAB_SIZE = 23
@@ -121,6 +128,15 @@ FAMILIES = {
         MDLMForMaskedDiffusion,
         {**MDLM_SETTINGS, "block_size": 4},
         (LEFT_TO_RIGHT, *BLOCK_STRATEGIES),
+        pass_by_pass,
+        open_up,
+        loss_is_drawn=True,
+    ),
+    "lomdm": Family(
+        LoMDMConfig,
+        LoMDMForMaskedDiffusion,
+        MDLM_SETTINGS,
+        (*MDLM_STRATEGIES, {"strategy": "velocity"}, {**ANCESTRAL, "learned_order": False}),
         pass_by_pass,
         open_up,
         loss_is_drawn=True,

@@ -2,7 +2,7 @@
 
 import torch
 
-from hf_diffusion import MDLMConfig, MDLMForMaskedDiffusion
+from hf_diffusion import LoMDMConfig, LoMDMForMaskedDiffusion, MDLMConfig, MDLMForMaskedDiffusion
 
 
 def open_up(model):
@@ -16,12 +16,17 @@ def open_up(model):
             weight.data.view(6, -1)[[2, 5]] += 1
 
 
-def tiny(dtype=torch.float64, **settings):
+def tiny(dtype=torch.float64, classes=(MDLMConfig, MDLMForMaskedDiffusion), **settings):
+    config_class, model_class = classes
     shared = {"vocab_size": 12, "hidden_size": 16, "conditioning_size": 8, "num_hidden_layers": 3}
     config = {"num_attention_heads": 2, "max_position_embeddings": 32, "residual_dropout": 0.0}
-    model = MDLMForMaskedDiffusion(MDLMConfig(**{**shared, **config, **settings}))
+    model = model_class(config_class(**{**shared, **config, **settings}))
     open_up(model)
     return model.to(dtype).eval()
+
+
+def tiny_lomdm(dtype=torch.float64, **settings):
+    return tiny(dtype, (LoMDMConfig, LoMDMForMaskedDiffusion), **settings)
 
 
 def text(batch, length, masked=0.0):

@@ -22,7 +22,7 @@ from .reader import Reader
 from .reference_sampler import generate_as_reference
 from .sampling import sample_categorical
 from .strategies import SEMI_AUTOREGRESSIVE, find_strategy
-from .strategies.filling import Canvas, Strategy
+from .strategies.filling import Canvas, Filling, Strategy
 from .streaming import StreamerFeed
 
 
@@ -47,6 +47,9 @@ class DiffusionGenerationMixin(GenerationMixin):
     reads_block_index = False
     """`forward` takes `block_index`, and with it the order of the whole text before the first pass."""
 
+    learns_order = False
+    """The output of `forward` has `exponents`, which say in which order positions want to be revealed."""
+
     @property
     def has_exact_cache(self) -> bool:
         """`forward` takes `past_key_values` and `use_cache`, and gives the same logits as without."""
@@ -69,7 +72,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         """Expected share of masked positions after 0 to `num_steps` equal steps of time, float64, from 1 to 0."""
         return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
 
-    def inputs_of_all_passes(self) -> dict[str, Any]:
+    def inputs_of_all_passes(self, filling: Filling) -> dict[str, Any]:
         """Arguments of `forward` that are the same in every pass of a generation, made once."""
         return {}
 
@@ -142,7 +145,7 @@ class DiffusionGenerationMixin(GenerationMixin):
             raise ValueError("`inputs` and `input_ids` are the same thing: pass one of them.")
         attention_mask = kwargs.pop("attention_mask", None)
         config = self._resolve_generation_config(generation_config, kwargs)
-        strategy = find_strategy(config)
+        strategy = find_strategy(config, self.learns_order)
         check_compatible(self, strategy, config, set(kwargs))
         if config.reference_sampler is not None and streamer is not None:
             raise ValueError("`streamer` sees nothing of the reference sampler. Leave it out.")
@@ -319,10 +322,10 @@ class DiffusionGenerationMixin(GenerationMixin):
             rows = asked.any(dim=1).nonzero()[:, 0]
             if not len(rows):
                 break
-            logits = reader.read(rows, canvas, asked, step.level)
+            logits, exponents = reader.read(rows, canvas, asked, step.level)
             if self.config.mask_token_id < logits.shape[-1]:  # text never holds the sign for a position to fill
                 logits[:, self.config.mask_token_id] = -torch.inf
-            kept = filling.choose(asked, logits)
+            kept = filling.choose(asked, logits, exponents)
             scores = processors(canvas[kept.nonzero()[:, 0]], logits[kept[asked]])
             if config.do_sample:
                 canvas[kept] = sample_categorical(scores, step.uniforms[kept])

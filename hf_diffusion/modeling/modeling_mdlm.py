@@ -15,6 +15,7 @@ from transformers.utils.generic import can_return_tuple
 
 from ..diffusion.masking import NoisedText, draw_noised_text
 from ..generation.mixin import DiffusionGenerationMixin
+from ..generation.strategies.filling import Filling
 from .approximate_cache_mdlm import ApproximateMDLMCache, rows_not_kept
 from .blocks_mdlm import Rows, next_rows, places_in_text, two_copies, whole_text
 from .cache_mdlm import MDLMCache
@@ -192,7 +193,7 @@ class MDLMForMaskedDiffusion(PublishedModelWithHead, DiffusionGenerationMixin):
         levels[-1] = 0.0  # some schedules mask tokens at time 0 already; the last step reveals them too
         return levels
 
-    def inputs_of_all_passes(self) -> dict[str, Any]:
+    def inputs_of_all_passes(self, filling: Filling) -> dict[str, Any]:
         return {} if self.config.time_conditioning else {"modulations": self.model.modulations()}
 
     def inputs_at_level(self, level: torch.Tensor) -> dict[str, Any]:

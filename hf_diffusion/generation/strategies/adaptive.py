@@ -44,7 +44,7 @@ class AdaptiveFilling(Filling):
         self.current_block = first
         return Pass(masked & (block == first[:, None]), self.uniforms)
 
-    def choose(self, asked: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    def choose(self, asked: torch.Tensor, logits: torch.Tensor, exponents: torch.Tensor | None = None) -> torch.Tensor:
         scores = torch.full(asked.shape, -torch.inf, dtype=logits.dtype, device=asked.device)
         scores[asked] = self.score(logits.log_softmax(dim=-1))
         scores, order = scores.sort(dim=1, descending=True, stable=True)

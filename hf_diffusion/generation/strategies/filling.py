@@ -50,9 +50,15 @@ class Pass:
 
 
 class Filling(ABC):
-    """One canvas being filled. `steps` [batch, length] is the pass of every position, if that is known beforehand."""
+    """One canvas being filled.
+
+    Attributes:
+        steps: [batch, length], the pass of every position, if that is known beforehand.
+        reads_exponents: `choose` needs them.
+    """
 
     steps: torch.Tensor | None = None
+    reads_exponents = False
 
     @abstractmethod
     def next_pass(self, masked: torch.Tensor) -> Pass:
@@ -61,8 +67,13 @@ class Filling(ABC):
             masked: bool [batch, length], what is still to be filled.
         """
 
-    def choose(self, asked: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Which of the positions `asked` [batch, length] (bool) are kept, given their `logits` [asked, vocab_size]."""
+    def choose(self, asked: torch.Tensor, logits: torch.Tensor, exponents: torch.Tensor | None = None) -> torch.Tensor:
+        """Which of the positions `asked` [batch, length] (bool) are kept.
+
+        Args:
+            logits: [asked, vocab_size], of these positions.
+            exponents: [asked], from a model that has learned an order.
+        """
         return asked
 
     def unsettled(self, masked: torch.Tensor) -> torch.Tensor:

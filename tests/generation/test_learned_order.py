@@ -1,0 +1,101 @@
+"""The learned order of LoMDM against its Markov chain, by enumeration of a toy, and its default order against MDLM's."""
+
+import pytest
+import torch
+from canvas_chain import (
+    CANVAS_CASES,
+    CANVASES,
+    LENGTH,
+    MASKED,
+    NOTHING,
+    everywhere,
+    grid,
+    one_of,
+    p_value,
+    predictions,
+    toy,
+    transition,
+)
+from tiny_mdlm import text, tiny_lomdm
+
+
+@pytest.fixture(scope="module")
+def model():
+    return toy(tiny_lomdm)
+
+
+@torch.no_grad()
+def exponents(model):
+    return model(CANVASES).exponents.double()
+
+
+@CANVAS_CASES
+def test_position_by_position(model, canvas):
+    chain = [one_of(exponents(model))(predictions(model))] * LENGTH
+    assert p_value(model, canvas, chain) > 1e-3
+
+
+def test_a_random_order_is_told_from_the_learned_one(model):
+    chain = [one_of(MASKED.double())(predictions(model))] * LENGTH
+    assert p_value(model, NOTHING, chain) < 1e-6
+    assert p_value(model, NOTHING, chain, learned_order=False) > 1e-3
+
+
+@CANVAS_CASES
+@pytest.mark.parametrize("num_steps", [1, 3, 64])
+def test_ancestral(model, canvas, num_steps):
+    predicted, rates = predictions(model), exponents(model)
+    chain = [transition(predicted, 1 - (after / before) ** rates) for before, after in grid(num_steps)]
+    assert p_value(model, canvas, chain, strategy="ancestral", max_denoising_steps=num_steps) > 1e-3
+
+
+def test_ancestral_without_the_learned_order(model):
+    predicted = predictions(model)
+    chain = [transition(predicted, everywhere((before - after) / before)) for before, after in grid(3)]
+    arguments = {"strategy": "ancestral", "max_denoising_steps": 3}
+    assert p_value(model, NOTHING, chain, **arguments, learned_order=False) > 1e-3
+    assert p_value(model, NOTHING, chain, **arguments) < 1e-6
+
+
+@CANVAS_CASES
+def test_in_blocks(model, canvas):
+    in_first_block = MASKED & torch.tensor([True, True, canvas != NOTHING, False])
+    eligible = torch.where(in_first_block.any(-1, keepdim=True), in_first_block, MASKED)
+    chain = [one_of(exponents(model) * eligible)(predictions(model))] * LENGTH
+    assert p_value(model, canvas, chain, strategy="semi_autoregressive", block_length=2) > 1e-3
+
+
+@CANVAS_CASES
+def test_highest_velocity_first(model, canvas):
+    rates = exponents(model).masked_fill(~MASKED, -torch.inf)
+    chain = [one_of(torch.nn.functional.one_hot(rates.argmax(-1), LENGTH).double())(predictions(model))] * LENGTH
+    assert p_value(model, canvas, chain, strategy="velocity") > 1e-3
+
+
+@pytest.mark.parametrize("num_steps", [4, 1000])
+def test_ancestral_takes_no_pass_in_which_nothing_is_revealed(num_steps):
+    model = tiny_lomdm()
+    output = model.generate(text(5, 3), max_new_tokens=12, max_denoising_steps=num_steps, return_dict_in_generate=True)
+    assert output.nfe <= min(num_steps, 12)
+    for row in output.steps[:, 3:].tolist():
+        assert set(row) == set(range(max(row) + 1))
+
+
+def test_settings_that_a_learned_order_does_not_read_are_refused():
+    model = tiny_lomdm()
+    blocks = {"strategy": "semi_autoregressive", "block_length": 2}
+    for arguments, message in (
+        ({"strategy": "confidence", "learned_order": True}, "`learned_order`=True has no effect with"),
+        ({"strategy": "velocity", "learned_order": False}, "`strategy` must be one of"),
+        ({**blocks, "approximate_cache": True}, "needs all positions in every pass to say in which order"),
+        (
+            {"strategy": "ancestral", "max_denoising_steps": 2, "remasking": "cap", "remasking_strength": 0.5},
+            "`remasking`='cap' has no effect with",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.generate(max_new_tokens=4, **arguments)
+    output = model.generate(
+        max_new_tokens=4, **blocks, approximate_cache=True, learned_order=False, return_dict_in_generate=True
+    )
+    assert output.cache_logit_error is not None
