@@ -33,11 +33,13 @@ OWN = {
     "armd": {"max_shuffled": 8},
     "mdlm": {"validation_draws": 4},
     "mdlm_blocks": {"family": "mdlm", "validation_draws": 4, "block_size": 5},
+    "lomdm": {"validation_draws": 4},
     "llama": {},
 }
 EVALUATIONS = {
     "armd": ["left_to_right", "2_streams", "4_streams", "8_streams"],
     "mdlm": ["bound"],
+    "lomdm": ["bound"],
     "mdlm_blocks": ["bound"],
     "llama": ["left_to_right"],
 }
