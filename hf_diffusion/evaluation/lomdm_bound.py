@@ -1,7 +1,8 @@
 """The bound of LoMDM on the likelihood of a text, by any of four estimators with the same mean.
 
-All of them bound the same sampler, `generate(strategy="first_hitting")`: position by position, each in proportion to its
-exponent. Ancestral sampling comes close to it with many steps, and has a bound of its own that is not estimated here.
+All of them bound the same sampler, `generate(strategy="first_hitting")`: position by position, each in proportion to
+its exponent. Ancestral sampling comes close to it with many steps, and has a bound of its own that is not estimated
+here.
 """
 
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ class BoundEstimate:
     """Upper bounds on the negative log-likelihood of each text of a batch, in nats, from drawn masks.
 
     Attributes:
-        bound: float64 [batch], the bound (3) of `diffusion.order_bound`, which prices tokens, their order and its times.
+        bound: float64 [batch], the bound of `diffusion.order_bound`, which prices tokens, their order and its times.
         standard_error: [batch], of `bound`: how far other masks would have led.
         bound_without_timing: [batch], a tighter bound for the same sampler, which draws no times; with `"jump_chain"`
             only.

@@ -1,4 +1,4 @@
-"""A streamer that shows in the terminal how text fills in, at every position at once."""
+"""How text fills in, at every position at once, for the terminal: as it happens, or by colours afterwards."""
 
 import os
 import shutil
@@ -13,6 +13,8 @@ import torch
 PLACEHOLDER = "·"
 COLOURS = (36, 33, 35, 32, 34, 31, 96, 93)
 """ANSI codes, taken in turn by the streams."""
+EARLY_TO_LATE = (226, 220, 214, 208, 202, 197, 161, 125, 90, 55)
+"""Codes of 256 colours from yellow to violet, for the first to the last pass."""
 
 
 class LiveView:
@@ -79,6 +81,28 @@ class LiveView:
                 colour = COLOURS[self.stream_of[position] % len(COLOURS)]
             pieces.append((text, colour))
         return pieces
+
+
+def colour_by_step(tokenizer: Any, tokens: list[int], steps: list[int]) -> str:
+    """The text with every token in the colour of the pass it was drawn in, from yellow to violet; given ones plain.
+
+    Where the environment variable NO_COLOR is set, tokens are followed by the number of their pass in place of it.
+
+    Args:
+        steps: pass of every token, -1 for given ones and padding, which is left out at the end.
+    """
+    last, text = max(steps, default=0), ""
+    length = next((n for n in range(len(steps), 0, -1) if steps[n - 1] >= 0), len(steps))
+    for token, step in zip(tokens[:length], steps, strict=False):
+        piece = tokenizer.decode([token])
+        if step < 0:
+            text += piece
+        elif "NO_COLOR" in os.environ:
+            text += piece + str(step).translate(str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉"))
+        else:
+            colour = EARLY_TO_LATE[step * (len(EARLY_TO_LATE) - 1) // max(last, 1)]
+            text += f"\033[38;5;{colour}m{piece}\033[0m"
+    return text
 
 
 def wrap(pieces: list[tuple[str, int | None]], width: int) -> list[str]:

@@ -66,7 +66,8 @@ class LoMDMForMaskedDiffusion(MDLMForMaskedDiffusion):
             settings: fields of `LoMDMConfig`.
 
         Raises:
-            ValueError: for an MDLM with `time_conditioning` or `block_size`, which LoMDM has not.
+            StrictDataclassError: from the configuration, for an MDLM with `time_conditioning` or `block_size`, which
+                LoMDM has not.
         """
         if not isinstance(model, MDLMForMaskedDiffusion):
             model = MDLMForMaskedDiffusion.from_pretrained(model)

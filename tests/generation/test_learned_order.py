@@ -1,4 +1,4 @@
-"""The learned order of LoMDM against its Markov chain, by enumeration of a toy, and its default order against MDLM's."""
+"""The learned order of LoMDM against its Markov chain, by enumeration of a toy."""
 
 import pytest
 import torch

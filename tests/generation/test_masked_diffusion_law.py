@@ -1,4 +1,6 @@
-"""Masked diffusion draws from the law that it states: every strategy against its Markov chain, by enumeration of a toy."""
+"""Masked diffusion draws from the law that it states: every strategy against its Markov chain."""
+
+import itertools
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from canvas_chain import (
     toy,
     transition,
 )
+from scipy import stats
 
 from hf_diffusion import MDLMConfig, MDLMForMaskedDiffusion
 
