@@ -169,6 +169,28 @@ class TestLoading:
         config.save_pretrained(tmp_path)
         assert AutoConfig.from_pretrained(tmp_path).to_json_string() == config.to_json_string()
 
+    def test_settings_of_generation_come_back(self, family, tmp_path):
+        model = family.model()
+        model.generation_config.eos_token_id = 3
+        model.generation_config.strategy = "first_hitting"
+        model.save_pretrained(tmp_path)
+        loaded = type(model).from_pretrained(tmp_path).generation_config
+        assert (loaded.eos_token_id, loaded.strategy) == (3, "first_hitting")
+
+    @pytest.mark.parametrize(
+        ("name", "value"), [("num_attention_heads", 3), ("eos_token_id", VOCAB_SIZE), ("max_position_embeddings", 0)]
+    )
+    def test_a_setting_that_does_not_fit_is_refused_while_loading(self, family, name, value, tmp_path):
+        with pytest.raises(ValueError, match=name):
+            family.config(**{name: value})
+        family.model().save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=name):
+            family.model_class.from_pretrained(tmp_path, **{name: value})
+
+    def test_the_configuration_of_another_kind_of_model_is_refused(self, family):
+        with pytest.raises(ValueError, match="`model_type` is 'bd3lm', not"):
+            family.config_class.from_dict({**family.config().to_dict(), "model_type": "bd3lm"})
+
     def test_special_tokens_of_the_config_reach_generation(self, family):
         assert family.model(eos_token_id=3, pad_token_id=4).generation_config.eos_token_id == 3
 
@@ -198,6 +220,23 @@ class TestGenerate:
         ]
         assert torch.equal(whole, torch.cat(parts))
         assert not torch.equal(whole, model.generate(prompt, max_new_tokens=7, **strategy))
+
+    def test_gaps_in_a_text_that_is_given_to_its_end(self, name, strategy):
+        model, prompt = self.model(name), text(3, 12)
+        masked = torch.zeros(3, 12, dtype=torch.bool)
+        masked[0, :7], masked[1, [0, 2, 5, 6, 9]], masked[2, 1:11] = True, True, True
+        output = model.generate(prompt.masked_fill(masked, model.config.mask_token_id), **strategy)
+        assert torch.equal(output[~masked], prompt[~masked])
+        assert not bool((output == model.config.mask_token_id).any())
+
+    def test_an_end_token_only_cuts_the_text(self, name, strategy):
+        model, arguments = self.model(name), {"max_new_tokens": 10, "temperature": 10.0, **strategy}
+        whole = model.generate(text(12, 3), generator=seeded(), **arguments)
+        ended = model.generate(text(12, 3), generator=seeded(), eos_token_id=[5, 7, 9], pad_token_id=6, **arguments)
+        is_end = torch.isin(whole[:, 3:], torch.tensor([5, 7, 9]))
+        after_end = is_end.cumsum(1) - is_end.long() > 0
+        assert bool(after_end.any())
+        assert torch.equal(ended[:, 3:], whole[:, 3:].masked_fill(after_end, 6))
 
     def test_cache_changes_nothing(self, name, strategy):
         model, prompt = self.model(name), text(2, 6)

@@ -283,8 +283,8 @@ def _read_config(
             raise CheckpointError(f"it is of the autoregressive baseline, which has no `{name}`. Leave it out.")
     try:
         config = (MDLMARConfig if is_causal else MDLMConfig)(**known)
-    except Exception as error:  # `@strict` wraps what is wrong in classes of its own
-        raise CheckpointError(f"its settings do not make a configuration: {error.__cause__ or error}") from None
+    except ValueError as error:
+        raise CheckpointError(f"its settings do not make a configuration: {error}") from None
     shapes = _published_shapes(config, conditioning)
     return config, shapes
 

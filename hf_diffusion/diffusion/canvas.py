@@ -11,17 +11,22 @@ def real_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | None)
     """
     if attention_mask is None:
         return None
-    if attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"`attention_mask` must have the shape of `input_ids` {tuple(input_ids.shape)}, got "
-            f"{tuple(attention_mask.shape)}. It marks padding; which block reads which is said by `block_index`."
-        )
+    check_mask_shape(input_ids, attention_mask)
     real = attention_mask.to(torch.bool)
     if real.shape[1] and not bool(real.any(dim=1).all()):
         raise ValueError(
             "`attention_mask` has a row of zeros only: there is no text in it. Leave that row out of the batch."
         )
     return None if bool(real.all()) else real
+
+
+def check_mask_shape(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> None:
+    """Raise ValueError unless there is one entry for every position."""
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"`attention_mask` must have the shape of `input_ids` {tuple(input_ids.shape)}, got "
+            f"{tuple(attention_mask.shape)}. It marks padding, and says nothing else."
+        )
 
 
 def check_length(input_ids: torch.Tensor, real: torch.Tensor | None, limit: int) -> None:
@@ -57,24 +62,40 @@ def check_tokens(
         )
 
 
-def check_labels(labels: torch.Tensor, input_ids: torch.Tensor, vocab_size: int) -> None:
-    """Raise ValueError unless `labels` [batch, length] are tokens of the vocabulary, or -100 for none.
+def read_labels(
+    labels: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, vocab_size: int
+) -> torch.Tensor:
+    """Labels, long [batch, length]; -100 where there is nothing to predict, which padding is not.
 
     Values are not looked at while compiling.
+
+    Args:
+        labels: [batch, length], of any integer type.
+        attention_mask: [batch, length], 0 at padding. One of another kind is left alone.
+
+    Raises:
+        ValueError: unless they are tokens of the vocabulary or -100.
     """
     if labels.shape != input_ids.shape:
         raise ValueError(
             f"`labels` must have the shape of `input_ids` {tuple(input_ids.shape)}, got {tuple(labels.shape)}. "
             "Row n predicts token n: nothing is shifted."
         )
+    if labels.is_floating_point():
+        raise ValueError(f"`labels` must hold token ids, integers, got {labels.dtype}.")
+    labels = labels.long()
+    if attention_mask is not None and attention_mask.ndim == 2:
+        check_mask_shape(input_ids, attention_mask)
+        labels = labels.masked_fill(attention_mask == 0, -100)
     if torch.compiler.is_compiling():
-        return
+        return labels
     outside = ((labels < 0) & (labels != -100)) | (labels >= vocab_size)
     if bool(outside.any()):
         raise ValueError(
             f"`labels` holds {int(labels[outside][0])}, which is no token of the vocabulary (0 to {vocab_size - 1}). "
             "Put -100 where there is nothing to predict, and the true tokens, not masks, where there is."
         )
+    return labels
 
 
 def check_query_positions(query_positions: torch.Tensor, batch_size: int, length: int) -> None:

@@ -3,6 +3,7 @@
 import torch
 
 from .order_bound import jump_chain_terms
+from .plackett_luce import next_pick_entropy
 
 
 def diagnostics(
@@ -35,14 +36,12 @@ def diagnostics(
     exponents = exponents.expand_as(masked)
     terms = jump_chain_terms(log_probs, exponents, reverse_exponents, masked)
     several = masked.sum(dim=-1) > 1
-    rate = (exponents * masked).sum(dim=-1, keepdim=True).clamp(min=torch.finfo(exponents.dtype).tiny)
-    entropy = torch.special.entr(exponents * masked / rate).sum(dim=-1)
     most = masked.sum(dim=-1).clamp(min=2).log()
     num_tokens = to_predict.sum().clamp(min=1)
     described = {
         "exponent_std": _std(exponents[0], to_predict).mean(),
         "reverse_exponent_std": _std(reverse_exponents, masked).mean(),
-        "order_entropy": (entropy / most * several).sum() / several.sum().clamp(min=1),
+        "order_entropy": (next_pick_entropy(exponents, masked) / most * several).sum() / several.sum().clamp(min=1),
         "confidence_correlation": _correlation(exponents[masked], log_probs[masked]),
         "order_kl": terms.order.mean(),
         "timing_cost": terms.timing.mean(),

@@ -82,13 +82,18 @@ def semi_autoregressive_steps(length: int, block_length: int, steps_per_block: i
     """
     if block_length < 1:
         raise ValueError(f"`block_length` must be at least 1, got {block_length}.")
+    check_steps_per_block(steps_per_block, block_length)
+    position = torch.arange(length)
+    return position // block_length * steps_per_block + position % block_length % steps_per_block
+
+
+def check_steps_per_block(steps_per_block: int, block_length: int) -> None:
+    """Raise ValueError unless a block of that length can be drawn in so many steps."""
     if not 1 <= steps_per_block <= block_length:
         raise ValueError(
             f"`max_denoising_steps` must be between 1 and `block_length` ({block_length}) in semi-autoregressive "
             f"decoding, where it counts the steps of one block; got {steps_per_block}."
         )
-    position = torch.arange(length)
-    return position // block_length * steps_per_block + position % block_length % steps_per_block
 
 
 def fill_order(

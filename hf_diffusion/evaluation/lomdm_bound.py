@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from ..diffusion.order_bound import bound_terms, draw_masks, draw_masks_at, jump_chain_terms
+from ..diffusion.order_bound import bound_terms, jump_chain_terms
+from ..diffusion.order_masks import OrderEstimator, draw_masks, draw_masks_at
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class BoundEstimate:
     """Upper bounds on the negative log-likelihood of each text of a batch, in nats, from drawn masks.
 
     Attributes:
-        bound: float64 [batch], the bound of `diffusion.order_bound`, which prices tokens, their order and its times.
+        bound: float64 [batch], (1) of `diffusion.order_bound`, which prices tokens, their order and its times.
         standard_error: [batch], of `bound`: how far other masks would have led.
         bound_without_timing: [batch], a tighter bound for the same sampler, which draws no times; with `"jump_chain"`
             only.
@@ -43,7 +44,7 @@ def estimate_lomdm_bound(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     labels: torch.Tensor | None = None,
-    estimator: str = "jump_chain",
+    estimator: OrderEstimator = "jump_chain",
     num_draws: int = 16,
     generator: torch.Generator | None = None,
 ) -> BoundEstimate:
@@ -55,9 +56,9 @@ def estimate_lomdm_bound(
         attention_mask: [batch, length], 0 at padding.
         labels: long [batch, length], `input_ids` with -100 at tokens that are given; all are predicted if not given.
         estimator: `"jump_chain"` (recommended: the least variance, and nothing is cut off), `"mask_fraction"`,
-            `"power_time"`; or `"uniform_time"`, the paper's, which stops at time `config.least_time` and adds what it
-            costs to reveal at once what is masked there: a bound for the sampler that does that.
-        num_draws: passes of the network for each text, at least 2; twice as many with `"uniform_time"`.
+            or `"power_time"` and `"uniform_time"` (the paper's), which stop at time `config.least_time` and add what it
+            costs to reveal at once what is masked there: bounds for the sampler that does that.
+        num_draws: passes of the network for each text, at least 2; twice as many with the last two.
         generator: source of randomness; torch's global one if not given.
 
     Raises:
@@ -73,25 +74,24 @@ def estimate_lomdm_bound(
         labels = labels.masked_fill(attention_mask == 0, -100)
     to_predict = labels != -100
     exponents = model.forward_exponents(input_ids, attention_mask)
-    least_time = model.config.least_time
+    least_time, center = model.config.least_time, model.config.c1
+    truncated = {"uniform_time": 1 - least_time, "power_time": 1 - least_time**center}
     bounds, without_timing = [], []
     for _ in range(num_draws):
-        masks = draw_masks(
-            exponents, to_predict, estimator, least_time=least_time, center=model.config.c1, generator=generator
-        )
+        masks = draw_masks(exponents, to_predict, estimator, generator, least_time=least_time, center=center)
         copies = model.read_masked_copies(input_ids, labels, attention_mask, masks.masked)
         terms = bound_terms(copies.log_probs, exponents, copies.exponents, masks.masked)
         bound = (masks.weight * (terms.token + terms.velocity))[0].double()
-        if estimator == "uniform_time":
+        if estimator in truncated:
             masked = draw_masks_at(exponents, to_predict, least_time, generator=generator)
             copies = model.read_masked_copies(input_ids, labels, attention_mask, masked)
-            bound = (1 - least_time) * bound - copies.log_probs[0].sum(dim=-1).double()
+            bound = truncated[estimator] * bound - copies.log_probs[0].sum(dim=-1).double()
         bounds.append(bound)
         if estimator == "jump_chain":
             chain = jump_chain_terms(copies.log_probs, exponents, copies.exponents, masks.masked)
             without_timing.append(((chain.token + chain.order)[0] * to_predict.sum(dim=-1)).double())
     sampler = 'generate(strategy="first_hitting")'
-    if estimator == "uniform_time":
+    if estimator in truncated:
         sampler += f", which reveals at once what is masked at time {least_time}"
     mean, error = _mean_and_error(bounds)
     mean_without, error_without = _mean_and_error(without_timing) if without_timing else (None, None)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .configuration import DiffusionGenerationConfig
+from .configuration import DIFFUSION_FIELDS, EFFECTIVE_FIELDS, DiffusionGenerationConfig
 from .strategies import LEARNED_ORDERS, SEMI_AUTOREGRESSIVE
 from .strategies.filling import Strategy
 
@@ -53,8 +53,33 @@ def check_compatible(model: Any, strategy: Strategy, config: DiffusionGeneration
             f"`remasking` ({config.remasking!r}) and `remasking_strength` ({config.remasking_strength!r}) go together: "
             "set both or neither."
         )
-    if config.reference_sampler is not None and config.remasking is not None:
-        raise ValueError("`remasking` is no part of the reference sampler. Leave out one of the two.")
+    if config.reference_sampler is not None:
+        _check_reference_sampler(model, config)
+
+
+REFERENCE_FIELDS = {
+    *("reference_sampler", "strategy", "block_strategy", "block_length", "sliding_window", "max_denoising_steps"),
+    *("max_length", "max_new_tokens", "num_return_sequences", "return_dict_in_generate", "pad_token_id", "use_cache"),
+}
+"""Fields that the reference's samplers act on, or whose defaults say what they do."""
+
+
+def _check_reference_sampler(model: Any, config: DiffusionGenerationConfig) -> None:
+    if model.generation_block_size is not None:
+        raise ValueError(
+            f"`reference_sampler`={config.reference_sampler!r} is MDLM's, which reads text in both directions; this "
+            "model reads blocks from left to right. Leave it out."
+        )
+    defaults = {**DIFFUSION_FIELDS, **DiffusionGenerationConfig._get_default_generation_params()}
+    for name in sorted(EFFECTIVE_FIELDS - REFERENCE_FIELDS):
+        value = getattr(config, name)
+        if value is not None and value != defaults.get(name):
+            raise ValueError(f"`{name}`={value!r}: the reference sampler has nothing of the kind. Set it to None.")
+    windows = config.sliding_window and config.reference_sampler == "ddpm_cache"
+    if config.strategy == SEMI_AUTOREGRESSIVE and not windows:
+        raise ValueError(
+            'In blocks the reference has `sliding_window=True` with `reference_sampler="ddpm_cache"` only.'
+        )
 
 
 def _refuse(config: DiffusionGenerationConfig, fields: tuple[str, ...], reason: str) -> None:

@@ -22,6 +22,14 @@ DIFFUSION_FIELDS: dict[str, Any] = {
     "approximate_cache": False,
     "reference_sampler": None,
 }
+EFFECTIVE_FIELDS = {
+    *DIFFUSION_FIELDS,
+    *("max_length", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p"),
+    *("epsilon_cutoff", "eta_cutoff", "suppress_tokens", "num_return_sequences", "use_cache"),
+    *("return_dict_in_generate", "eos_token_id", "pad_token_id"),
+}
+"""Fields of the generation config that `generate` acts on. Any other is refused if it is not at its default."""
+LENGTHS = {"max_length", "max_new_tokens"}
 CHOICES = {"remasking": ("cap", "rescale"), "reference_sampler": ("ddpm", "ddpm_cache", "analytic")}
 
 
@@ -90,16 +98,21 @@ class DiffusionGenerationConfig(GenerationConfig):
     def from_model_config(cls, model_config: Any) -> "DiffusionGenerationConfig":
         """The special tokens of a model config; nothing else in it concerns generation."""
         names = ("eos_token_id", "pad_token_id")  # the models have a start symbol of their own
-        return cls(**{name: getattr(model_config, name, None) for name in names}, _from_model_config=True)
+        # Without the mark of a derived config: a file that carries it is read without its settings.
+        return cls(**{name: getattr(model_config, name, None) for name in names})
 
     @classmethod
     def from_generation_config(cls, config: GenerationConfig) -> "DiffusionGenerationConfig":
         """The same settings in this class. Raises ValueError if `config` carries a name that is not known."""
         return config if isinstance(config, cls) else cls.from_dict(config.to_dict())
 
+    def as_set(self) -> dict[str, Any]:
+        """Settings that are not None."""
+        return {name: value for name, value in self.to_dict().items() if value is not None}
+
     def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
         super().validate(strict=strict, user_set_attributes=user_set_attributes)
-        for name in ("num_streams", "block_length", "max_denoising_steps"):
+        for name in ("num_streams", "block_length", "max_denoising_steps", "max_new_tokens", "max_length"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
@@ -109,6 +122,19 @@ class DiffusionGenerationConfig(GenerationConfig):
                 raise ValueError(f"`{name}` must be a number, got {value!r}.")
             if value is not None and not 0 <= value <= most:
                 raise ValueError(f"`{name}` must lie between 0 and {most}, got {value!r}.")
+        if self.remasking_strength == 0:
+            raise ValueError("`remasking_strength` is 0, which takes nothing back. Raise it, or leave `remasking` out.")
+        for name in ("sliding_window", "approximate_cache", "learned_order"):
+            value = getattr(self, name, None)
+            if value is not None and not isinstance(value, bool):
+                raise ValueError(f"`{name}` must be True or False, got {value!r}.")
+        for name in ("top_p", "min_p", "typical_p"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"`{name}` must lie between 0 and 1, got {value!r}.")
+        for token_id in as_list(self.eos_token_id):
+            if not isinstance(token_id, int):
+                raise ValueError(f"`eos_token_id` must be an integer or a list of integers, got {self.eos_token_id!r}.")
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value is not None and value not in choices:
@@ -131,6 +157,13 @@ def refuse_unknown(kwargs: dict[str, Any]) -> None:
                 f" Did you mean `{nearest[0]}`?" if nearest else " See `DiffusionGenerationConfig` for what there is."
             )
             raise ValueError(f"`{name}` is not an argument of generation (value {kwargs[name]!r}).{hint}")
+
+
+def as_list(token_ids: int | list[int] | None) -> list[int]:
+    """The ids of a setting that is one id, several, or none."""
+    if token_ids is None:
+        return []
+    return list(token_ids) if isinstance(token_ids, list | tuple) else [token_ids]
 
 
 SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")

@@ -28,11 +28,16 @@ class Ending:
     def _ends(self, canvas: torch.Tensor) -> torch.Tensor:
         return torch.isin(canvas, self.eos_token_ids) & self.may_end
 
-    def reached(self, canvas: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-        """Bool [batch]: rows whose text has ended, with no masked position before the end."""
+    def reached(self, canvas: torch.Tensor, unsettled: torch.Tensor) -> torch.Tensor:
+        """Bool [batch]: rows whose text has ended, as no position up to the end may still change.
+
+        Args:
+            canvas: long [batch, length].
+            unsettled: bool [batch, length], masked positions, and those that may be masked again.
+        """
         if not len(self.eos_token_ids):
             return torch.zeros(len(canvas), dtype=torch.bool, device=canvas.device)
-        return (self._ends(canvas) & (masked.cumsum(dim=1) == 0)).any(dim=1)
+        return (self._ends(canvas) & (unsettled.cumsum(dim=1) == 0)).any(dim=1)
 
     def cut(self, canvas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Padding at the generated positions after the token that ends the text.

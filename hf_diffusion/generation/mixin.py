@@ -12,31 +12,30 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation import GenerationMixin
 
-from ..diffusion.canvas import check_length, check_tokens, real_positions
 from .approximate_reader import ApproximateReader
+from .blocks import lay_blocks
 from .compatibility import check_compatible
-from .configuration import DIFFUSION_FIELDS, DiffusionGenerationConfig, check_together, refuse_unknown
+from .configuration import (
+    DIFFUSION_FIELDS,
+    EFFECTIVE_FIELDS,
+    LENGTHS,
+    DiffusionGenerationConfig,
+    as_list,
+    check_together,
+    refuse_unknown,
+)
 from .ending import Ending
 from .output import DiffusionGenerateOutput
+from .prompt import prepare_canvas
 from .reader import Reader
-from .reference_sampler import generate_as_reference
-from .sampling import sample_categorical
+from .reference_generation import generate_as_reference
+from .sampling import most_likely, sample_categorical
 from .strategies import SEMI_AUTOREGRESSIVE, find_strategy
 from .strategies.filling import Canvas, Filling, Strategy
 from .streaming import StreamerFeed
 
 
-EFFECTIVE_FIELDS = {
-    *DIFFUSION_FIELDS,
-    *("max_length", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p"),
-    *("epsilon_cutoff", "eta_cutoff", "suppress_tokens", "num_return_sequences", "use_cache"),
-    *("return_dict_in_generate", "eos_token_id", "pad_token_id"),
-}
-"""Fields of the generation config that `generate` acts on. Any other is refused if it is not at its default."""
-
-
 class DiffusionGenerationMixin(GenerationMixin):
-    generation_config_class = DiffusionGenerationConfig
     generation_config: DiffusionGenerationConfig
     # What a model brings along, declared for type checkers.
     config: Any
@@ -58,6 +57,11 @@ class DiffusionGenerationMixin(GenerationMixin):
     def new_approximate_cache(self) -> Any:
         """For models without an exact cache: a `SlotCache` with `renew`, to be passed as `past_key_values`."""
         raise NotImplementedError
+
+    @property
+    def hides_padding(self) -> bool:
+        """What `attention_mask` marks as padding has no effect on the rest."""
+        return True
 
     @property
     def generation_block_size(self) -> int | None:
@@ -144,37 +148,46 @@ class DiffusionGenerationMixin(GenerationMixin):
         if input_ids is not None and inputs is not None:
             raise ValueError("`inputs` and `input_ids` are the same thing: pass one of them.")
         attention_mask = kwargs.pop("attention_mask", None)
-        config = self._resolve_generation_config(generation_config, kwargs)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise ValueError(f"`generator` must be a `torch.Generator`, got {type(generator).__name__}.")
+        config, set_in_call = self._resolve_generation_config(generation_config, kwargs)
         strategy = find_strategy(config, self.learns_order)
-        check_compatible(self, strategy, config, set(kwargs))
+        check_compatible(self, strategy, config, set_in_call)
         if config.reference_sampler is not None and streamer is not None:
             raise ValueError("`streamer` sees nothing of the reference sampler. Leave it out.")
-        canvas, attention_mask = self._prepare_canvas(
-            input_ids if input_ids is not None else inputs, attention_mask, config
+        canvas, attention_mask = prepare_canvas(
+            self, input_ids if input_ids is not None else inputs, attention_mask, config
         )
         if config.reference_sampler is not None:
             sequences, nfe = generate_as_reference(self, canvas, attention_mask, config, generator)
             return DiffusionGenerateOutput(sequences, nfe) if config.return_dict_in_generate else sequences
         to_fill = (canvas == self.config.mask_token_id) & attention_mask.bool()
-        return self._fill(canvas, attention_mask, to_fill, strategy, config, streamer, generator)
+        blocks = lay_blocks(self, to_fill, attention_mask, config)
+        return self._fill(canvas, attention_mask, to_fill, blocks, strategy, config, streamer, generator)
 
     def _resolve_generation_config(
         self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
-    ) -> DiffusionGenerationConfig:
-        """Settings of this call: `kwargs`, then `generation_config`, then the model's, then the defaults."""
+    ) -> tuple[DiffusionGenerationConfig, set[str]]:
+        """Settings of this call: `kwargs`, then `generation_config`, then the model's, then the defaults.
+
+        And the names of those that are not the model's nor the defaults.
+        """
         refuse_unknown(kwargs)
-        check_together(kwargs)
         given = DiffusionGenerationConfig.from_generation_config(generation_config or DiffusionGenerationConfig())
         config = copy.deepcopy(given)
-        set_in_call = {name for name, value in given.to_dict().items() if value is not None} | kwargs.keys()
+        settings = given.as_set()
+        if kwargs.keys() & LENGTHS:
+            settings = {name: value for name, value in settings.items() if name not in LENGTHS}
+        settings.update(kwargs)
+        check_together(settings)
+        set_in_call = set(settings)
         inherited = self.generation_config.to_dict()
         # What the call sets replaces what goes with the model's own setting of the same thing.
         if "strategy" in set_in_call:
             inherited = {name: value for name, value in inherited.items() if name not in DIFFUSION_FIELDS}
-        lengths = {"max_length", "max_new_tokens"}
-        if set_in_call & lengths:
-            inherited = {name: value for name, value in inherited.items() if name not in lengths}
-        if kwargs.keys() & lengths:
+        if set_in_call & LENGTHS:
+            inherited = {name: value for name, value in inherited.items() if name not in LENGTHS}
+        if kwargs.keys() & LENGTHS:
             config.max_length = config.max_new_tokens = None
         defaults = DiffusionGenerationConfig._get_default_generation_params()
         del defaults["max_length"]  # depends on the prompt
@@ -191,14 +204,21 @@ class DiffusionGenerationMixin(GenerationMixin):
                 f"`{name}`={value!r} has no effect in {type(self).__name__}.generate, and nothing is ignored silently. "
                 "Leave it out."
             )
-        for token_id in _as_list(config.eos_token_id):
+        eos_token_ids, mask_token_id = as_list(config.eos_token_id), self.config.mask_token_id
+        for token_id in eos_token_ids:
             if not 0 <= token_id < self.config.vocab_size:
                 raise ValueError(
                     f"`eos_token_id` must lie in the vocabulary (0 to {self.config.vocab_size - 1}), got {token_id}."
                 )
+        if mask_token_id in eos_token_ids or (eos_token_ids and config.pad_token_id == mask_token_id):
+            name = "eos_token_id" if mask_token_id in eos_token_ids else "pad_token_id"
+            raise ValueError(
+                f"`{name}` ({mask_token_id}) is the mask token, the sign for a position to fill, which is never drawn "
+                "or left in a text. Name another one."
+            )
         if config.num_return_sequences < 1:
             raise ValueError(f"`num_return_sequences` must be at least 1, got {config.num_return_sequences}.")
-        return config
+        return config, set_in_call
 
     def _set_default_strategies(self, config: DiffusionGenerationConfig) -> None:
         if config.strategy is None:
@@ -209,85 +229,12 @@ class DiffusionGenerationMixin(GenerationMixin):
             if config.block_length is None:
                 config.block_length = self.generation_block_size
 
-    def _prepare_canvas(
-        self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, config: DiffusionGenerationConfig
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prompt and appended masks [batch * num_return_sequences, length], and where there is text."""
-        device = self.device
-        if input_ids is None:
-            input_ids = torch.empty(1, 0, dtype=torch.long)
-        if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
-            raise ValueError(
-                "`inputs` must be an integer tensor [batch, length], got "
-                f"{tuple(input_ids.shape) if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__}. Call "
-                'the tokenizer with `return_tensors="pt"`.'
-            )
-        input_ids = input_ids.to(device=device, dtype=torch.long)
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-            pad_token_id, others = config.pad_token_id, [*_as_list(config.eos_token_id), self.config.mask_token_id]
-            if pad_token_id is not None and pad_token_id not in others:
-                attention_mask = (input_ids != pad_token_id).long()
-        attention_mask = attention_mask.to(device)
-        real = real_positions(input_ids, attention_mask)
-        check_tokens(input_ids, real, self.config.vocab_size, self.config.mask_token_id)
-        attention_mask = attention_mask.long()
-
-        appended = self._num_appended(input_ids, config)
-        input_ids = torch.nn.functional.pad(input_ids, (0, appended), value=self.config.mask_token_id)
-        attention_mask = torch.nn.functional.pad(attention_mask, (0, appended), value=1)
-        context = self.config.max_position_embeddings
-        if config.strategy != SEMI_AUTOREGRESSIVE or self.has_exact_cache:
-            # Positions to fill are text too: prompt and `max_new_tokens` share the context.
-            check_length(input_ids, attention_mask.bool(), context)
-        elif config.block_length is not None and config.block_length > context:
-            raise ValueError(
-                f"`block_length` ({config.block_length}) must be at most the model's context "
-                f"(`max_position_embeddings`={context}), in which every block is drawn. Lower it."
-            )
-        repeats = config.num_return_sequences
-        return input_ids.repeat_interleave(repeats, dim=0), attention_mask.repeat_interleave(repeats, dim=0)
-
-    def _num_appended(self, input_ids: torch.Tensor, config: DiffusionGenerationConfig) -> int:
-        length = input_ids.shape[1]
-        if config.max_new_tokens is not None:
-            return config.max_new_tokens
-        if config.max_length is None and bool((input_ids == self.config.mask_token_id).any()):
-            return 0
-        max_length = config.max_length
-        if max_length is None:
-            max_length = DiffusionGenerationConfig._get_default_generation_params()["max_length"]
-        if max_length < length:
-            raise ValueError(
-                f"`max_length` ({max_length}) is less than the length of `inputs` ({length}). Raise it, or set "
-                "`max_new_tokens`."
-            )
-        return max_length - length
-
-    def _blocks(
-        self, to_fill: torch.Tensor, attention_mask: torch.Tensor, config: DiffusionGenerationConfig
-    ) -> torch.Tensor:
-        """Block [batch, length] of every position to fill (see `strategies.filling.Canvas`)."""
-        if config.block_length is None:
-            return torch.zeros_like(attention_mask)
-        rank = attention_mask.cumsum(dim=1) - 1
-        if self.generation_block_size is not None:
-            number = rank // config.block_length
-        elif config.sliding_window:
-            context = self.config.max_position_embeddings
-            number = (rank - context).div(config.block_length, rounding_mode="floor").clamp(min=-1) + 1
-        else:
-            number = (to_fill.cumsum(dim=1) - 1) // config.block_length
-        # Without the blocks in which everything is given.
-        highest = number.masked_fill(~to_fill, -1).cummax(dim=1).values
-        begins = to_fill & (number > torch.nn.functional.pad(highest, (1, 0), value=-1)[:, :-1])
-        return (begins.cumsum(dim=1) - 1).clamp(min=0)
-
     def _fill(
         self,
         canvas: torch.Tensor,
         attention_mask: torch.Tensor,
         to_fill: torch.Tensor,
+        blocks: torch.Tensor,
         strategy: Strategy,
         config: DiffusionGenerationConfig,
         streamer: Any,
@@ -298,7 +245,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         # Uniforms belong to positions and are drawn in advance: the text does not depend on how rows are batched.
         shape = (batch_size, strategy.num_planes(config), length)
         uniforms = torch.rand(shape, dtype=torch.float64, generator=generator).to(canvas.device)
-        plan = Canvas(to_fill, self._blocks(to_fill, attention_mask, config), uniforms, self.mask_levels)
+        plan = Canvas(to_fill, blocks, uniforms, self.mask_levels)
         filling = strategy.begin(config, plan)
         reader: Reader
         if config.approximate_cache:
@@ -310,7 +257,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         processors = self._get_logits_processor(
             generation_config=config, input_ids_seq_length=length, device=str(canvas.device)
         )
-        ending = Ending(to_fill, attention_mask, _as_list(config.eos_token_id), config.pad_token_id)
+        ending = Ending(to_fill, attention_mask, as_list(config.eos_token_id), config.pad_token_id)
         feed = StreamerFeed(streamer, canvas, to_fill) if streamer is not None else None
         canvas, masked, steps = canvas.clone(), to_fill, torch.full_like(canvas, -1)
         while True:
@@ -318,7 +265,7 @@ class DiffusionGenerationMixin(GenerationMixin):
             if step.remasked is not None:
                 canvas = canvas.masked_fill(step.remasked, self.config.mask_token_id)
                 masked = masked | step.remasked
-            asked = step.asked & ~ending.reached(canvas, masked)[:, None]
+            asked = step.asked & ~ending.reached(canvas, filling.unsettled(masked))[:, None]
             rows = asked.any(dim=1).nonzero()[:, 0]
             if not len(rows):
                 break
@@ -330,7 +277,7 @@ class DiffusionGenerationMixin(GenerationMixin):
             if config.do_sample:
                 canvas[kept] = sample_categorical(scores, step.uniforms[kept])
             else:
-                canvas[kept] = scores.argmax(dim=-1)
+                canvas[kept] = most_likely(scores)
             steps = torch.where(kept, reader.passes[:, None] - 1, steps)
             masked = masked & ~kept
             if feed is not None:
@@ -348,12 +295,6 @@ class DiffusionGenerationMixin(GenerationMixin):
             cache_logit_error=reader.cache_logit_error(),
             past_key_values=reader.cache if len(reader.rows) == batch_size else None,
         )
-
-
-def _as_list(token_ids: int | list[int] | None) -> list[int]:
-    if token_ids is None:
-        return []
-    return [token_ids] if isinstance(token_ids, int) else list(token_ids)
 
 
 __all__ = ["DiffusionGenerationMixin"]

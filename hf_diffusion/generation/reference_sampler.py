@@ -20,13 +20,12 @@ strategies of `generate`: they choose the positions first, then draw their token
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 
 from ..diffusion.masking import subs_log_probs
 from ..diffusion.schedules import LogLinear, NoiseSchedule
-from .configuration import SAMPLING_FIELDS, DiffusionGenerationConfig
 
 
 ReferenceSampler = Literal["ddpm", "ddpm_cache", "analytic"]
@@ -253,60 +252,6 @@ def _tau_leaping_weights(
     weights = growth * ratios * (1 - decay)
     weights[..., mask_token_id] = growth + (1 - growth) * ratios.sum(dim=-1)
     return weights
-
-
-@torch.no_grad()
-def generate_as_reference(
-    model: Any,
-    canvas: torch.Tensor,
-    attention_mask: torch.Tensor,
-    config: DiffusionGenerationConfig,
-    generator: torch.Generator | None,
-) -> tuple[torch.Tensor, int]:
-    """`generate(reference_sampler=...)`: the settings of a call as arguments of the functions above.
-
-    Args:
-        model: an MDLM.
-        canvas: long [batch, length], with masks at the positions to fill.
-        attention_mask: [batch, length].
-
-    Raises:
-        ValueError: for padding, and for settings that the reference does not have.
-    """
-    if not bool(attention_mask.all()):
-        raise ValueError("`attention_mask` marks padding, which the reference sampler cannot skip. Leave it out.")
-    defaults = DiffusionGenerationConfig._get_default_generation_params()
-    for name in ("do_sample", *SAMPLING_FIELDS, "eos_token_id"):
-        value = getattr(config, name)
-        if value is not None and value != defaults.get(name):
-            raise ValueError(f"`{name}`={value!r}: the reference sampler has nothing of the kind. Set it to None.")
-    time_conditioning = model.config.time_conditioning
-    settings = {
-        "num_steps": config.max_denoising_steps,
-        "mask_token_id": model.config.mask_token_id,
-        "schedule": model.config.make_schedule(),
-        "time_conditioning": time_conditioning,
-        "generator": generator,
-    }
-
-    def predict(input_ids: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        return model(input_ids, sigma=sigma if time_conditioning else None, return_dict=True).logits
-
-    if config.strategy == "ancestral":
-        return sample_as_reference(predict, canvas, sampler=config.reference_sampler, **settings)
-    context, stride = model.config.max_position_embeddings, config.block_length
-    if not config.sliding_window or config.reference_sampler != "ddpm_cache":
-        raise ValueError(
-            'In blocks the reference has `sliding_window=True` with `reference_sampler="ddpm_cache"` only.'
-        )
-    num_strides, rest = divmod(canvas.shape[1] - context, stride)
-    if rest or num_strides < 0 or not bool((canvas[:, context:] == model.config.mask_token_id).all()):
-        raise ValueError(
-            f"The reference draws windows: the text ({canvas.shape[1]} tokens) must be the context ({context}) and a "
-            f"number of whole strides (`block_length`={stride}) more, which are all masked."
-        )
-    first = canvas[:, :context]
-    return sample_windows_as_reference(predict, first, stride=stride, num_strides=num_strides, **settings)
 
 
 def _check(

@@ -3,6 +3,21 @@
 import torch
 
 
+NOT_A_DISTRIBUTION = "`logits` hold NaN, or exclude every token: there is nothing to draw from."
+
+
+def most_likely(logits: torch.Tensor) -> torch.Tensor:
+    """The most likely token; long [...] for logits [..., vocab_size].
+
+    Raises:
+        ValueError: if a row of logits is no distribution.
+    """
+    greatest, token = logits.max(dim=-1)
+    if not bool(torch.isfinite(greatest).all()):
+        raise ValueError(NOT_A_DISTRIBUTION)
+    return token
+
+
 def sample_categorical(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """Draw from softmax(logits) by inverting the cumulative distribution.
 
@@ -25,7 +40,7 @@ def sample_categorical(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Te
     )
     total = cumulative[..., -1:]
     if not bool(torch.isfinite(total).all()):
-        raise ValueError("`logits` hold NaN, or exclude every token: there is nothing to draw from.")
+        raise ValueError(NOT_A_DISTRIBUTION)
     # Rounding may make u * total equal to the total; the draw must stay below it.
     below_total = torch.minimum(uniforms[..., None] * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, below_total, right=True).squeeze(-1)

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from ..diffusion.orders import positions_where
 from .batched_cache import SlotCache
-from .blocks_mdlm import Rows, places_in_text
 from .masks import NOWHERE
+from .rows_mdlm import Rows, places_in_text
 
 
 EMPTY, FROZEN, READ_AGAIN = 0, 1, 2

@@ -2,12 +2,13 @@
 
 from typing import Any, Literal
 
-from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
+from .configuration_checks import check_heads, check_model_type, check_sizes, check_token_ids, checked
 
-@strict
+
+@checked
 class ARMDConfig(PreTrainedConfig):
     r"""
     Args:
@@ -68,7 +69,13 @@ class ARMDConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        check_model_type(cls, config_dict)
+        return super().from_dict(config_dict, **kwargs)
+
     def __post_init__(self, **kwargs: Any) -> None:
+        check_sizes(self)
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         if self.num_two_stream_layers is None:
@@ -80,12 +87,9 @@ class ARMDConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
-        """Raise ValueError where the numbers do not fit together (called by `@strict`)."""
-        if self.hidden_size % self.num_attention_heads or (self.hidden_size // self.num_attention_heads) % 2:
-            raise ValueError(
-                f"`hidden_size` ({self.hidden_size}) must be an even multiple of `num_attention_heads` "
-                f"({self.num_attention_heads}): rotary embeddings turn pairs of channels of a head."
-            )
+        """Raise ValueError where the numbers do not fit together (called by `@checked`)."""
+        check_sizes(self)
+        check_heads(self)
         if self.num_two_stream_layers is not None and not 1 <= self.num_two_stream_layers <= self.num_hidden_layers:
             raise ValueError(
                 f"`num_two_stream_layers` must be between 1 and `num_hidden_layers` ({self.num_hidden_layers}), got "
@@ -95,14 +99,11 @@ class ARMDConfig(PreTrainedConfig):
             raise ValueError(f"`prefix_encoding_size` must be even and positive, got {self.prefix_encoding_size}.")
 
     def validate_token_ids(self) -> None:
-        """Raise ValueError for special tokens that the model could not generate (called by `@strict`).
+        """Raise ValueError for special tokens that the model could not generate (called by `@checked`).
 
         `mask_token_id` and `pad_token_id` may lie outside the vocabulary: the network reads neither.
         """
-        eos_token_ids = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
-        for name, token_id in [("bos_token_id", self.bos_token_id), *(("eos_token_id", id_) for id_ in eos_token_ids)]:
-            if token_id is not None and not 0 <= token_id < self.vocab_size:
-                raise ValueError(f"`{name}` must lie in the vocabulary (0 to {self.vocab_size - 1}), got {token_id}.")
+        check_token_ids(self, ("bos_token_id", "eos_token_id"))
 
 
 __all__ = ["ARMDConfig"]

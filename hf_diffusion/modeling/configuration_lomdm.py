@@ -2,12 +2,11 @@
 
 from typing import Any, Literal
 
-from huggingface_hub.dataclasses import strict
-
+from .configuration_checks import checked
 from .configuration_mdlm import MDLMConfig
 
 
-@strict
+@checked
 class LoMDMConfig(MDLMConfig):
     r"""
     See `MDLMConfig` for the backbone. A token at position i is masked at time t with probability t^e(i), where
@@ -20,8 +19,8 @@ class LoMDMConfig(MDLMConfig):
         c1 (`float`, defaults to 0.7): exponent of a fresh model.
         c2 (`float`, defaults to 0.65): how far exponents may differ; 0 is MDLM.
         bound_estimator (`"uniform_time"`, `"power_time"`, `"mask_fraction"` or `"jump_chain"`, defaults to
-            `"jump_chain"`): how masks are drawn in training (see `diffusion.order_bound`). All have the same mean, but
-            for times below `least_time`, which `"uniform_time"` leaves out; that one is the paper's.
+            `"jump_chain"`): how masks are drawn in training (see `diffusion.order_masks`). All have the same mean, but
+            for times below `least_time`, which the first two leave out; the first is the paper's.
     """
 
     model_type = "lomdm"
@@ -31,7 +30,7 @@ class LoMDMConfig(MDLMConfig):
     bound_estimator: Literal["uniform_time", "power_time", "mask_fraction", "jump_chain"] = "jump_chain"
 
     def validate_exponents(self) -> None:
-        """Raise ValueError for exponents that could be 0 or less (`@strict`)."""
+        """Raise ValueError for exponents that could be 0 or less (`@checked`)."""
         if not 0 <= self.c2 < self.c1:
             raise ValueError(
                 f"`c2` ({self.c2}) must be at least 0 and less than `c1` ({self.c1}): the exponent of the probability "
@@ -39,7 +38,7 @@ class LoMDMConfig(MDLMConfig):
             )
 
     def validate_own_schedule(self) -> None:
-        """Raise ValueError for settings of MDLM's that a learned order has no use for (`@strict`)."""
+        """Raise ValueError for settings of MDLM's that a learned order has no use for (`@checked`)."""
         reasons: dict[str, tuple[Any, str]] = {
             "time_conditioning": (False, "positions have no common noise level that the network could be told"),
             "block_size": (None, "the order is learned over the whole text"),

@@ -2,14 +2,13 @@
 
 from typing import Any, Literal
 
-from huggingface_hub.dataclasses import strict
-
 from ..diffusion.masking import TimeSampling
 from ..diffusion.schedules import NoiseSchedule, describe_schedule, make_schedule
+from .configuration_checks import checked
 from .configuration_published import PublishedConfig
 
 
-@strict
+@checked
 class MDLMConfig(PublishedConfig):
     r"""
     See `PublishedConfig` for the arguments that are not about noise.
@@ -55,7 +54,7 @@ class MDLMConfig(PublishedConfig):
         return TimeSampling(self.time_law, self.least_time, self.num_timesteps, self.low_discrepancy)
 
     def validate_noise(self) -> None:
-        """Raise ValueError for a noise schedule or a law of times that is none, or not for this model (`@strict`)."""
+        """Raise ValueError for a noise schedule or a law of times that is none, or not for this model (`@checked`)."""
         self.make_schedule()
         self.make_time_sampling()
         if self.time_conditioning and describe_schedule(self.make_schedule()).get("epsilon") == 0:
@@ -65,7 +64,7 @@ class MDLMConfig(PublishedConfig):
             )
 
     def validate_blocks(self) -> None:
-        """Raise ValueError for blocks that are none, and for settings that they do not go with (`@strict`)."""
+        """Raise ValueError for blocks that are none, and for settings that they do not go with (`@checked`)."""
         if self.block_size is None:
             return
         if self.block_size < 1:

@@ -1,11 +1,10 @@
 """Configuration of the autoregressive baseline that MDLM is published with (arXiv 2406.07524)."""
 
-from huggingface_hub.dataclasses import strict
-
+from .configuration_checks import checked
 from .configuration_published import PublishedConfig
 
 
-@strict
+@checked
 class MDLMARConfig(PublishedConfig):
     r"""
     See `PublishedConfig` for the other arguments; there is no noise here, and so nothing about it.

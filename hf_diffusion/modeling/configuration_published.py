@@ -2,12 +2,13 @@
 
 from typing import Any
 
-from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
+from .configuration_checks import check_heads, check_model_type, check_sizes, check_token_ids, checked
 
-@strict
+
+@checked
 class PublishedConfig(PreTrainedConfig):
     r"""
     The names that the published configurations use (`attribute_map`) are accepted in place of ours, and readable as
@@ -58,11 +59,17 @@ class PublishedConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self._read_published_names(kwargs)
+        check_sizes(self)
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         if self.mask_token_id is None:
             self.mask_token_id = self.vocab_size - 1
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        check_model_type(cls, config_dict)
+        return super().from_dict(config_dict, **kwargs)
 
     def _read_published_names(self, kwargs: dict[str, Any]) -> None:
         """Take the values of published names out of `kwargs`, and drop what is stale in a published file.
@@ -72,7 +79,12 @@ class PublishedConfig(PreTrainedConfig):
         """
         published = [name for name in self.attribute_map if name in kwargs]
         for name in published:
-            setattr(self, self.attribute_map[name], kwargs.pop(name))
+            ours, value = self.attribute_map[name], kwargs.pop(name)
+            if getattr(self, ours) not in (getattr(type(self), ours), value):
+                raise ValueError(
+                    f"`{name}` ({value}) and `{ours}` ({getattr(self, ours)}) are the same thing: pass one of them."
+                )
+            setattr(self, ours, value)
         if published and not set(published) <= {"dropout"}:
             self.return_dict = True
             self.architectures = None
@@ -80,20 +92,13 @@ class PublishedConfig(PreTrainedConfig):
                 kwargs.pop(name, None)
 
     def validate_architecture(self) -> None:
-        """Raise ValueError unless the heads divide the width into even parts (called by `@strict`)."""
-        if self.hidden_size % self.num_attention_heads or (self.hidden_size // self.num_attention_heads) % 2:
-            raise ValueError(
-                f"`hidden_size` ({self.hidden_size}) must be an even multiple of `num_attention_heads` "
-                f"({self.num_attention_heads}): rotary embeddings turn pairs of channels of a head."
-            )
+        """Raise ValueError unless the heads divide the width into even parts (called by `@checked`)."""
+        check_sizes(self)
+        check_heads(self)
 
     def validate_token_ids(self) -> None:
-        """Raise ValueError for special tokens outside the vocabulary (called by `@strict`).
+        """Raise ValueError for special tokens outside the vocabulary (called by `@checked`).
 
         `pad_token_id` may lie outside: padding is not read.
         """
-        eos_token_ids = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
-        named = [("mask_token_id", self.mask_token_id), ("bos_token_id", self.bos_token_id)]
-        for name, token_id in [*named, *(("eos_token_id", id_) for id_ in eos_token_ids)]:
-            if token_id is not None and not 0 <= token_id < self.vocab_size:
-                raise ValueError(f"`{name}` must lie in the vocabulary (0 to {self.vocab_size - 1}), got {token_id}.")
+        check_token_ids(self, ("mask_token_id", "bos_token_id", "eos_token_id"))

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..diffusion.canvas import check_labels, check_length, check_query_positions, check_tokens, real_positions
+from ..diffusion.canvas import check_length, check_query_positions, check_tokens, real_positions
 from ..diffusion.masking import NoisedText
 from .batched_cache import SlotCache
 
@@ -91,36 +91,67 @@ def read_text(
     return real
 
 
-def check_targets(
-    input_ids: torch.Tensor,
-    labels: torch.Tensor,
-    noised: NoisedText | None,
-    config: Any,
-) -> None:
-    """Raise ValueError for labels that are no text to predict, or a noised text that is not one of theirs."""
-    check_labels(labels, input_ids, config.vocab_size)
-    for name, values in (("weight", noised.weight), ("sigma", noised.sigma)) if noised is not None else ():
-        if values.ndim != 2 or values.shape[0] != len(labels) or values.shape[1] not in (1, labels.shape[1]):
-            raise ValueError(
-                f"`noised.{name}` must have shape {tuple(labels.shape)} or {(len(labels), 1)}, got "
-                f"{tuple(values.shape)}."
-            )
-    if torch.compiler.is_compiling():
-        return
-    if bool((labels == config.mask_token_id).any()):
+def check_no_masks(labels: torch.Tensor, mask_token_id: int) -> None:
+    """Raise ValueError for labels [batch, length] among which there is the mask token."""
+    if not torch.compiler.is_compiling() and bool((labels == mask_token_id).any()):
         raise ValueError(
-            f"`labels` hold the mask token ({config.mask_token_id}), which is never predicted. Put -100 at positions "
-            "without a token to predict."
+            f"`labels` hold the mask token ({mask_token_id}), which is never predicted. Put -100 at positions without "
+            "a token to predict."
         )
 
 
-def check_cache(cache: Any, kind: type[SlotCache], query_positions: torch.Tensor | None, batch_size: int) -> None:
+def check_noised(noised: Any, text: torch.Tensor, mask_token_id: int) -> NoisedText:
+    """A noised text as it is passed to `forward`. Raises ValueError unless it is made of `text` [batch, length]."""
+    if not isinstance(noised, tuple | list) or len(noised) != len(NoisedText._fields):
+        raise ValueError(
+            f"`noised` must hold {', '.join(NoisedText._fields)}, got {type(noised).__name__} of {len(noised)}."
+        )
+    noised = NoisedText(*noised)
+    if noised.input_ids.shape != text.shape:
+        raise ValueError(
+            f"`noised.input_ids` must have the shape of `input_ids` {tuple(text.shape)}, got "
+            f"{tuple(noised.input_ids.shape)}."
+        )
+    for name, values in (("weight", noised.weight), ("sigma", noised.sigma)):
+        if values.ndim != 2 or values.shape[0] != len(text) or values.shape[1] not in (1, text.shape[1]):
+            raise ValueError(
+                f"`noised.{name}` must have shape {tuple(text.shape)} or {(len(text), 1)}, got {tuple(values.shape)}."
+            )
+    if torch.compiler.is_compiling():
+        return noised
+    other = (noised.input_ids != mask_token_id) & (noised.input_ids != text)
+    if bool(other.any()):
+        raise ValueError(
+            f"`noised.input_ids` holds {int(noised.input_ids[other][0])} where the text holds {int(text[other][0])}: "
+            "its visible tokens must be those of the text."
+        )
+    return noised
+
+
+def check_cache(
+    cache: Any,
+    kind: type[SlotCache],
+    query_positions: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    batch_size: int,
+    num_layers: int,
+) -> None:
     """Raise ValueError for a cache that the model or the batch cannot use."""
     if not isinstance(cache, kind):
         raise ValueError(
             f"`past_key_values` must be an `{kind.__name__}`, got {type(cache).__name__}. Models with `block_size` "
             "have an exact `MDLMCache`; in others every position reads all others, so nothing stays right when a token "
             "is drawn, and there is only an `ApproximateMDLMCache`."
+        )
+    if len(cache.layers) != num_layers:
+        raise ValueError(
+            f"`past_key_values` has {len(cache.layers)} layers, and the model {num_layers}. Make it with "
+            f"`{kind.__name__}({num_layers})`."
+        )
+    if attention_mask is not None and attention_mask.ndim == 4:
+        raise ValueError(
+            f"`attention_mask` of shape {tuple(attention_mask.shape)} does not go with `past_key_values`, which reads "
+            "some rows only. Pass [batch, length], 0 at padding."
         )
     if query_positions is None:
         raise ValueError(

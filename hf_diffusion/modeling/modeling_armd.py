@@ -22,7 +22,8 @@ from transformers.models.llama.modeling_llama import (
 )
 from transformers.utils.generic import can_return_tuple
 
-from ..diffusion.canvas import check_labels
+from ..diffusion.canvas import read_labels
+from ..generation.configuration import DiffusionGenerationConfig
 from ..generation.mixin import DiffusionGenerationMixin
 from .cache_armd import ARMDCache
 from .configuration_armd import ARMDConfig
@@ -153,6 +154,10 @@ class ARMDPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+
+    def __init__(self, config: ARMDConfig) -> None:
+        config.validate()  # `from_pretrained(..., name=value)` changes a configuration after it was checked
+        super().__init__(config)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -287,6 +292,7 @@ class ARMDModel(ARMDPreTrainedModel):
 class ARMDForMaskedDiffusion(ARMDPreTrainedModel, DiffusionGenerationMixin):
     """ARMD with its language-model head: likelihood in any order, and text through `generate`."""
 
+    generation_config_class = DiffusionGenerationConfig
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     accepts_loss_kwargs = True
     reads_block_index = True
@@ -340,9 +346,7 @@ class ARMDForMaskedDiffusion(ARMDPreTrainedModel, DiffusionGenerationMixin):
         if labels is not None and query_positions is not None:
             raise ValueError("`labels` needs the logits of all positions: leave out `query_positions`.")
         if labels is not None:
-            check_labels(labels, input_ids, self.config.vocab_size)
-            if attention_mask is not None:
-                labels = labels.masked_fill(attention_mask == 0, -100)
+            labels = read_labels(labels, input_ids, attention_mask, self.config.vocab_size)
         if use_cache and past_key_values is None and query_positions is not None:
             past_key_values = ARMDCache(self.config.num_hidden_layers)
         outputs = self.model(

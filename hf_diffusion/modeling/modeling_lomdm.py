@@ -13,15 +13,17 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.utils.generic import can_return_tuple
 
-from ..diffusion.order_bound import OrderMasks, bound_terms, draw_masks, rloo_loss
+from ..diffusion.canvas import read_labels
+from ..diffusion.order_bound import bound_terms, rloo_loss
 from ..diffusion.order_diagnostics import diagnostics
+from ..diffusion.order_masks import draw_masks
 from ..generation.strategies.filling import Filling
-from .blocks_mdlm import places_in_text
 from .configuration_lomdm import LoMDMConfig
-from .inputs_mdlm import check_targets, read_text
+from .inputs_mdlm import check_no_masks, read_text
 from .loss import chunked_nll
 from .modeling_mdlm import MDLMForMaskedDiffusion, Modulations
 from .outputs import MaskedDiffusionOutput
+from .rows_mdlm import places_in_text
 from .scheduler_head import SchedulerHead
 
 
@@ -66,18 +68,16 @@ class LoMDMForMaskedDiffusion(MDLMForMaskedDiffusion):
             settings: fields of `LoMDMConfig`.
 
         Raises:
-            StrictDataclassError: from the configuration, for an MDLM with `time_conditioning` or `block_size`, which
-                LoMDM has not.
+            ValueError: for an MDLM with `time_conditioning` or `block_size`, which LoMDM has not.
         """
-        if not isinstance(model, MDLMForMaskedDiffusion):
-            model = MDLMForMaskedDiffusion.from_pretrained(model)
+        mdlm = model if isinstance(model, MDLMForMaskedDiffusion) else MDLMForMaskedDiffusion.from_pretrained(model)
         # How the MDLM was trained, and who it is, is not handed on; the configuration refuses what does not go with it.
         dropped = ("noise_schedule", "time_law", "num_timesteps", "low_discrepancy", "model_type", "architectures")
-        inherited = {name: value for name, value in model.config.to_dict().items() if name not in dropped}
-        lomdm = cls(LoMDMConfig(**{**inherited, **settings})).to(dtype=model.dtype, device=model.device)
-        report = lomdm.load_state_dict(model.state_dict(), strict=False)
+        inherited = {name: value for name, value in mdlm.config.to_dict().items() if name not in dropped}
+        lomdm = cls(LoMDMConfig(**{**inherited, **settings})).to(dtype=mdlm.dtype, device=mdlm.device)
+        report = lomdm.load_state_dict(mdlm.state_dict(), strict=False)
         assert not report.unexpected_keys and all("_scheduler." in name for name in report.missing_keys)
-        return lomdm.train(model.training)
+        return lomdm.train(mdlm.training)
 
     def inputs_of_all_passes(self, filling: Filling) -> dict[str, Any]:
         return {**super().inputs_of_all_passes(filling), "output_exponents": filling.reads_exponents}
@@ -106,7 +106,7 @@ class LoMDMForMaskedDiffusion(MDLMForMaskedDiffusion):
             input_ids, attention_mask, modulations, query_positions, output_hidden_states, num_items_in_batch: as in
                 `MDLMForMaskedDiffusion.forward`. A 4-D `attention_mask` is refused.
             past_key_values, use_cache: as there, without exponents only.
-            labels: long [batch, length], a text to predict, as there. Gives `loss`, an estimate of the bound (3) of
+            labels: long [batch, length], a text to predict, as there. Gives `loss`, an estimate of the bound (1) of
                 `diffusion.order_bound` in nats per label; in training from two masked copies, whose difference gives
                 the gradient for the law of the masks (eq. 8), in evaluation from one.
             output_exponents: without `labels`, compute `exponents`, which takes all positions through all layers.
@@ -210,12 +210,11 @@ class LoMDMForMaskedDiffusion(MDLMForMaskedDiffusion):
         generator: torch.Generator | None,
         num_items_in_batch: torch.Tensor | int | None,
     ) -> LoMDMOutput:
-        check_targets(input_ids, labels, None, self.config)
-        if attention_mask is not None:
-            labels = labels.masked_fill(attention_mask == 0, -100)
+        labels = read_labels(labels, input_ids, attention_mask, self.config.vocab_size)
+        check_no_masks(labels, self.mask_token_id)
         text, to_predict = torch.where(labels != -100, labels, input_ids), labels != -100
         exponents = self.forward_exponents(text, attention_mask)
-        masks: OrderMasks = draw_masks(
+        masks = draw_masks(
             exponents,
             to_predict,
             bound_estimator or self.config.bound_estimator,

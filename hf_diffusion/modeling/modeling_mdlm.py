@@ -13,19 +13,22 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple
 
+from ..diffusion.canvas import read_labels
 from ..diffusion.masking import NoisedText, draw_noised_text
+from ..generation.configuration import DiffusionGenerationConfig
 from ..generation.mixin import DiffusionGenerationMixin
 from ..generation.strategies.filling import Filling
 from .approximate_cache_mdlm import ApproximateMDLMCache, rows_not_kept
-from .blocks_mdlm import Rows, next_rows, places_in_text, two_copies, whole_text
+from .blocks_mdlm import next_rows, two_copies
 from .cache_mdlm import MDLMCache
 from .configuration_mdlm import MDLMConfig
 from .initial_std import linear_with_std
-from .inputs_mdlm import check_cache, check_targets, read_noise_level, read_text
+from .inputs_mdlm import check_cache, check_no_masks, check_noised, read_noise_level, read_text
 from .layers_mdlm import MDLMLayer, NoiseEmbedding, modulate, take_rows
 from .loss import chunked_cross_entropy
 from .outputs import MaskedDiffusionOutput, QueryModelOutput
 from .published_mdlm import PublishedModel, PublishedModelWithHead, register_published_layout
+from .rows_mdlm import Rows, places_in_text, whole_text
 
 
 Modulations = tuple[torch.Tensor, ...]
@@ -94,7 +97,7 @@ class MDLMModel(PublishedModel):
         if real is not None:
             input_ids = input_ids.masked_fill(~real, self.mask_token_id)
             clean_ids = clean_ids.masked_fill(~real, self.mask_token_id) if clean_ids is not None else None
-        rows = self._plan_rows(input_ids, real, query_positions, past_key_values, clean_ids)
+        rows = self._plan_rows(input_ids, real, attention_mask, query_positions, past_key_values, clean_ids)
         hidden_states = self.embed_tokens(rows.input_ids)
         rotary = self.rotary_emb(hidden_states, rows.places)
         # Nobody reads the last layer but the head, so rows that are not asked for end there.
@@ -143,13 +146,21 @@ class MDLMModel(PublishedModel):
         self,
         input_ids: torch.Tensor,
         real: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
         query_positions: torch.Tensor | None,
         past_key_values: MDLMCache | ApproximateMDLMCache | None,
         clean_ids: torch.Tensor | None,
     ) -> Rows:
         if past_key_values is not None:
             kind = ApproximateMDLMCache if self.config.block_size is None else MDLMCache
-            check_cache(past_key_values, kind, query_positions, input_ids.shape[0])
+            check_cache(
+                past_key_values,
+                kind,
+                query_positions,
+                attention_mask,
+                input_ids.shape[0],
+                self.config.num_hidden_layers,
+            )
             if self.training and self.gradient_checkpointing:
                 raise ValueError(
                     "`past_key_values` does not go with gradient checkpointing, which would write it twice. Call "
@@ -169,6 +180,7 @@ class MDLMForMaskedDiffusion(PublishedModelWithHead, DiffusionGenerationMixin):
     """MDLM with its language-model head: what masks hide, and a bound on the likelihood of a text."""
 
     config: MDLMConfig
+    generation_config_class = DiffusionGenerationConfig
     model_class = MDLMModel
 
     @property
@@ -177,6 +189,10 @@ class MDLMForMaskedDiffusion(PublishedModelWithHead, DiffusionGenerationMixin):
 
     def new_approximate_cache(self) -> ApproximateMDLMCache:
         return ApproximateMDLMCache(self.config.num_hidden_layers)
+
+    @property
+    def hides_padding(self) -> bool:
+        return not self.config.attend_to_padding
 
     @property
     def generation_block_size(self) -> int | None:
@@ -302,13 +318,14 @@ class MDLMForMaskedDiffusion(PublishedModelWithHead, DiffusionGenerationMixin):
                 f"`{name}` does not go with `labels`, which draw a noise level for all positions. Leave it out; to "
                 "choose the masks and their noise level, pass `noised`."
             )
-        noised = NoisedText(*noised) if noised is not None else None
-        check_targets(input_ids, labels, noised, self.config)
-        if attention_mask is not None and attention_mask.ndim == 2:
-            labels = labels.masked_fill(attention_mask == 0, -100)
+        labels = read_labels(labels, input_ids, attention_mask, self.config.vocab_size)
+        check_no_masks(labels, self.mask_token_id)
         text = torch.where(labels != -100, labels, input_ids)
         if noised is None:
             noised = self._draw_noised_text(text, labels != -100, attention_mask, generator)
+        elif generator is not None:
+            raise ValueError("`generator` has no effect with `noised`, which holds the masks already. Leave one out.")
+        noised = check_noised(noised, text, self.mask_token_id)
         outputs = self.model(
             noised.input_ids,
             attention_mask,

@@ -29,6 +29,10 @@ class PublishedModel(PreTrainedModel):
     _supports_attention_backend = True
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$"]  # published files hold it; the config says it
 
+    def __init__(self, config: Any) -> None:
+        config.validate()  # `from_pretrained(..., name=value)` changes a configuration after it was checked
+        super().__init__(config)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """As published: a fresh layer passes its input on, and a fresh model finds all tokens equally likely."""

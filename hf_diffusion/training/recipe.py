@@ -13,6 +13,8 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainerCallback
 
+from ..modeling.configuration_checks import check_heads
+
 
 Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
@@ -31,7 +33,7 @@ class TrainingRecipe(ABC):
     tokenizer: str | None = field(
         default=None, metadata={"help": "folder or Hub name; a new one is trained if not given"}
     )
-    vocab_size: int = field(default=2048, metadata={"help": "of the tokenizer that is trained"})
+    vocab_size: int | None = field(default=None, metadata={"help": "of the tokenizer that is trained (default: 2048)"})
     validation_text: Path | None = field(
         default=None, metadata={"help": "a text file to validate on, in place of the end of the text"}
     )
@@ -67,9 +69,11 @@ class TrainingRecipe(ABC):
     resume: bool = field(default=False, metadata={"help": "continue from the last checkpoint in the output folder"})
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "text_length", "evaluate_every", "validation_texts"):
+        names = ("steps", "batch_size", "text_length", "evaluate_every", "validation_texts")
+        for name in (*names, "hidden_size", "num_hidden_layers", "num_attention_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        check_heads(self)
         if self.validation_text is not None:
             if self.validation_fraction is not None:
                 raise ValueError(
@@ -85,7 +89,19 @@ class TrainingRecipe(ABC):
             self.validation_fraction = 0.1
         if self.validation_fraction is not None and not 0 < self.validation_fraction < 1:
             raise ValueError(f"`validation_fraction` must be between 0 and 1, got {self.validation_fraction}.")
-        if self.tokenizer is None and self.vocab_size < 258:
+        if self.tokenizer is not None and self.vocab_size is not None:
+            raise ValueError(
+                f"`vocab_size` ({self.vocab_size}) has no effect with `tokenizer`={self.tokenizer!r}, which has a size "
+                "of its own. Leave one of them out."
+            )
+        if self.dataset_config is not None and Path(self.text).is_file():
+            raise ValueError(
+                f"`dataset_config`={self.dataset_config!r} has no effect with a text file ({self.text!r}). Leave it "
+                "out."
+            )
+        if self.tokenizer is None and self.vocab_size is None:
+            self.vocab_size = 2048
+        if self.vocab_size is not None and self.vocab_size < 258:
             raise ValueError(
                 f"`vocab_size` must be at least 258 (every byte, and the end of text), got {self.vocab_size}."
             )

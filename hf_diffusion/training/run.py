@@ -30,8 +30,10 @@ def train(recipe: TrainingRecipe) -> dict[str, Any]:
             f"`output`={str(recipe.output)!r} holds checkpoints of another run. Continue it with `resume`, or name "
             "another folder."
         )
+    _check_continued(recipe)
     training_text, validation_text = _load_texts(recipe)
     if recipe.tokenizer is None:
+        assert recipe.vocab_size is not None
         tokenizer = train_tokenizer(training_text, recipe.vocab_size)
     else:
         tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer)
@@ -58,6 +60,9 @@ def train(recipe: TrainingRecipe) -> dict[str, Any]:
         eval_dataset=while_training,
         callbacks=[ema, *recipe.callbacks(collator), LossCurveCallback(recipe.phases())],
     )
+    if trainer.is_world_process_zero():
+        _settings_file(recipe).parent.mkdir(parents=True, exist_ok=True)
+        _settings_file(recipe).write_text(json.dumps(_settings(recipe), indent=2) + "\n")
     trainer.train(resume_from_checkpoint=recipe.resume or None)
     with ema.applied(model):
         if trainer.is_world_process_zero():
@@ -76,11 +81,38 @@ def train(recipe: TrainingRecipe) -> dict[str, Any]:
         "tokens_in_text": len(tokens),
         "validation_tokens": len(validation_tokens) // recipe.text_length * recipe.text_length,
         "family": recipe.family,
-        "settings": {name: str(v) if isinstance(v, Path) else v for name, v in asdict(recipe).items()},
+        "settings": _settings(recipe),
     }
     if trainer.is_world_process_zero():
         (recipe.output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     return results
+
+
+MAY_CHANGE = ("output", "resume", "steps", "evaluate_every", "validation_texts", "store_half")
+"""Settings with which a run may be continued that are not those it was begun with."""
+
+
+def _settings(recipe: TrainingRecipe) -> dict[str, Any]:
+    """The fields of a recipe as JSON has them."""
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(recipe).items()}
+    return json.loads(json.dumps(plain))
+
+
+def _settings_file(recipe: TrainingRecipe) -> Path:
+    return recipe.output / "checkpoints" / "settings.json"
+
+
+def _check_continued(recipe: TrainingRecipe) -> None:
+    """Raise ValueError if a run is to be continued as another one."""
+    if not recipe.resume or not _settings_file(recipe).is_file():
+        return
+    begun = json.loads(_settings_file(recipe).read_text())
+    for name, value in _settings(recipe).items():
+        if name not in MAY_CHANGE and begun.get(name) != value:
+            raise ValueError(
+                f"`{name}` is {value!r}, but the run in `output`={str(recipe.output)!r} was begun with "
+                f"{begun.get(name)!r}. Continue it with that, or begin another one in another folder."
+            )
 
 
 def _load_texts(recipe: TrainingRecipe) -> tuple[list[str], list[str]]:

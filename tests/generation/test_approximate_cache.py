@@ -125,5 +125,9 @@ def test_wrong_passes_are_refused(queries, message):
     model(ids, mask, query_positions=torch.tensor([[4], [6], [1]]), past_key_values=cache)
     with pytest.raises(ValueError, match=message):
         model(ids, mask, query_positions=torch.tensor(queries) if queries else None, past_key_values=cache)
+    with pytest.raises(ValueError, match="`attention_mask` of shape .* does not go with `past_key_values`"):
+        model(ids, torch.zeros(3, 1, 9, 9), query_positions=torch.tensor([[4]] * 3), past_key_values=cache)
+    with pytest.raises(ValueError, match="`past_key_values` has 1 layers, and the model 3"):
+        model(ids, mask, query_positions=torch.tensor([[4]] * 3), past_key_values=ApproximateMDLMCache(1))
     with pytest.raises(ValueError, match="has 1 rows, but the cache .* 3"):
         model(ids[:1], mask[:1], query_positions=torch.tensor([[4]]), past_key_values=cache)

@@ -39,6 +39,20 @@ PROMPT = torch.tensor([[1, 2, 3]])
         ({"input_ids": PROMPT}, "`inputs` and `input_ids` are the same thing"),
         ({"max_length": 8, "max_new_tokens": 4}, "`max_length` and `max_new_tokens` say the same thing"),
         ({"do_sample": False, "top_k": 5}, "`top_k`=5 has no effect with `do_sample=False`"),
+        ({"max_new_tokens": 1.5}, "`max_new_tokens` must be a positive integer, got 1.5"),
+        ({"top_p": 2.0}, "`top_p` must lie between 0 and 1, got 2.0"),
+        ({"eos_token_id": 3.0}, "`eos_token_id` must be an integer"),
+        ({"eos_token_id": 3, "pad_token_id": 23}, "`pad_token_id` .23. is the mask token"),
+        ({"attention_mask": [[1, 1, 1]]}, "`attention_mask` must be a tensor .batch, length., got list"),
+        ({"generator": 3}, "`generator` must be a `torch.Generator`, got int"),
+        (
+            {"generation_config": DiffusionGenerationConfig(do_sample=False, top_k=5)},
+            "`top_k`=5 has no effect with `do",
+        ),
+        (
+            {"strategy": "semi_autoregressive", "block_length": 2, "sliding_window": "no"},
+            "`sliding_window` must be True",
+        ),
         ({"bos_token_id": 5}, "`bos_token_id`=5 has no effect"),
         ({"eos_token_id": 23}, "`eos_token_id` must lie in the vocabulary"),
         ({"num_return_sequences": 0}, "`num_return_sequences` must be at least 1"),
@@ -60,6 +74,8 @@ def test_wrong_prompts_are_refused(model):
         model.generate(torch.tensor([1, 2, 3]))
     with pytest.raises(ValueError, match="`inputs` must be an integer tensor"):
         model.generate(torch.rand(1, 3))
+    with pytest.raises(ValueError, match="`inputs` is an empty batch"):
+        model.generate(torch.empty(0, 3, dtype=torch.long))
 
 
 @pytest.mark.parametrize("token", [23, -1, 99])
@@ -122,6 +138,13 @@ def test_logits_that_are_no_distribution_are_refused():
     model.lm_head.weight.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="`logits` hold NaN"):
         model.generate(PROMPT, max_new_tokens=1)
+
+
+def test_nothing_is_drawn_where_everything_is_excluded():
+    model = FAMILIES["armd"].model()
+    for do_sample in (True, False):
+        with pytest.raises(ValueError, match="exclude every token"):
+            model.generate(PROMPT, max_new_tokens=2, do_sample=do_sample, suppress_tokens=list(range(23)))
 
 
 def test_without_a_length_transformers_default_holds():

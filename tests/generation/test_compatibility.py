@@ -4,6 +4,8 @@ import pytest
 import torch
 from families import FAMILIES
 
+from hf_diffusion import DiffusionGenerationConfig
+
 
 PROMPT = torch.tensor([[1, 2, 3]])
 IN_BLOCKS = {"strategy": "semi_autoregressive", "block_length": 2}
@@ -20,6 +22,12 @@ ANCESTRAL = {"strategy": "ancestral", "max_denoising_steps": 2}
         ("armd", {**IN_BLOCKS, "approximate_cache": True}, "`approximate_cache`=True has no effect here: the cache .*"),
         ("armd", {**IN_BLOCKS, "sliding_window": True}, "`sliding_window`=True has no effect here: .* reads all of"),
         ("mdlm", {"use_cache": True}, "`use_cache`=True: every position .* reads every other one"),
+        (
+            "mdlm",
+            {"generation_config": DiffusionGenerationConfig(use_cache=True)},
+            "`use_cache`=True: every position .* reads every other one",
+        ),
+        ("mdlm", {**ANCESTRAL, "remasking": "cap", "remasking_strength": 0}, "`remasking_strength` is 0, which takes"),
         ("mdlm", {**ANCESTRAL, "approximate_cache": True}, '`approximate_cache`=True has no effect with `strategy="an'),
         ("mdlm", {**ANCESTRAL, "remasking": "cap"}, "`remasking` .'cap'. and `remasking_strength` .None. go together"),
         ("mdlm", {**ANCESTRAL, "remasking": "loop", "remasking_strength": 0.5}, "`remasking` must be one of"),
@@ -29,7 +37,6 @@ ANCESTRAL = {"strategy": "ancestral", "max_denoising_steps": 2}
         ("mdlm", {"strategy": "confidence", "entropy_bound": 0.5}, "`entropy_bound`=0.5 has no effect with .*entropy"),
         ("mdlm", {"strategy": "ancestral"}, "needs `max_denoising_steps`"),
         ("mdlm", {"strategy": "semi_autoregressive"}, "needs `block_length`"),
-        ("mdlm", {**IN_BLOCKS, "block_length": 65}, "`block_length` .65. must be at most the model's context .*64"),
         ("mdlm_blocks", {"strategy": "first_hitting"}, "this model draws blocks of 4 positions from left to right"),
         ("mdlm_blocks", IN_BLOCKS, "`block_length` .2. must be the model's own `block_size` .4."),
         ("mdlm_blocks", {**IN_BLOCKS, "approximate_cache": True, "block_length": 4}, "the cache of .* is exact"),

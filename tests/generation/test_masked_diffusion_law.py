@@ -115,6 +115,23 @@ def test_remasking_is_told_from_plain_sampling(model):
     assert p_value(model, NOTHING, plain, **arguments) < 1e-6
 
 
+@pytest.mark.parametrize(
+    "strategy",
+    [{"strategy": "ancestral"}, {"strategy": "semi_autoregressive", "block_length": 4, "block_strategy": "ancestral"}],
+    ids=["canvas", "blocks"],
+)
+def test_an_end_token_that_could_be_taken_back_ends_nothing(model, strategy):
+    arguments = {"max_denoising_steps": 6, "remasking": "rescale", "remasking_strength": 1.0, **strategy}
+    whole, ended = (
+        model.generate(
+            generator=torch.Generator().manual_seed(3), max_new_tokens=8, num_return_sequences=400, **arguments, **end
+        )
+        for end in ({}, {"eos_token_id": 0, "pad_token_id": 1})
+    )
+    after_end = (whole == 0).cumsum(1) - (whole == 0).long() > 0
+    assert torch.equal(ended, whole.masked_fill(after_end, 1))
+
+
 # From a canvas in which no two positions are equally sure, as they are in one of masks alone.
 START = CANVASES.tolist().index(INFILL)
 

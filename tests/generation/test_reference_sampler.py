@@ -276,10 +276,12 @@ class TestArguments:
         ("changes", "message"),
         [
             ({"attention_mask": torch.tensor([[0, 1, 1]])}, "`attention_mask` marks padding"),
+            ({"suppress_tokens": [1]}, "`suppress_tokens`=.1.: the reference sampler has nothing of the kind"),
+            ({"block_size": 4}, "`reference_sampler`='ddpm' is MDLM's, which reads text in both directions"),
             ({"temperature": 0.5}, "`temperature`=0.5: the reference sampler has nothing of the kind"),
             ({"eos_token_id": 3}, "`eos_token_id`=3: the reference sampler has nothing of the kind"),
             ({"streamer": object()}, "`streamer` sees nothing of the reference sampler"),
-            ({"remasking": "cap", "remasking_strength": 0.5}, "`remasking` is no part of the reference sampler"),
+            ({"remasking": "cap", "remasking_strength": 0.5}, "`remasking`='cap': the reference sampler has nothing"),
             ({"reference_sampler": "ancestral"}, "`reference_sampler` must be one of"),
             ({"strategy": "first_hitting", "max_denoising_steps": None}, "`reference_sampler`='ddpm' has no effect"),
             ({**WINDOWS, "block_strategy": "ancestral"}, 'In blocks the reference has .*"ddpm_cache"'),
@@ -288,7 +290,10 @@ class TestArguments:
         ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
     )
     def test_settings_of_generate_that_the_reference_lacks_are_refused(self, changes, message):
-        model = tiny()
+        model = tiny(block_size=changes.get("block_size"))
+        changes = {name: value for name, value in changes.items() if name != "block_size"}
+        if model.config.block_size is not None:
+            changes.update(strategy="semi_autoregressive", block_strategy="ancestral")
         model.register_forward_pre_hook(lambda *_: pytest.fail("a pass was made before the error"))
         arguments = {"strategy": "ancestral", "max_denoising_steps": 2, "reference_sampler": "ddpm", **changes}
         with pytest.raises(ValueError, match=message):

@@ -54,6 +54,24 @@ def test_rows_of_uneven_length_do_not_know_of_each_other(sliding_window, approxi
         assert torch.equal(together[row, 6:], alone[0, -7:])
 
 
+def test_a_block_that_no_window_holds_is_refused():
+    model = tiny(max_position_embeddings=CONTEXT)
+    canvas = torch.cat([torch.tensor([MASK]), text(1, 10)[0], torch.tensor([MASK])])[None]
+    with pytest.raises(ValueError, match="`block_length` .2.: a block of these positions to fill spans 12 tokens"):
+        model.generate(canvas, strategy="semi_autoregressive", block_length=2)
+    filled = model.generate(canvas, strategy="semi_autoregressive", block_length=1)
+    assert torch.equal(filled[:, 1:11], canvas[:, 1:11])
+
+
+def test_a_model_that_reads_its_padding_does_not_read_windows():
+    model, mask = tiny(max_position_embeddings=CONTEXT, attend_to_padding=True), torch.ones(2, 6, dtype=torch.long)
+    mask[1, 3:] = 0
+    with pytest.raises(ValueError, match="`attention_mask` marks padding in a text of more tokens than .* context"):
+        model.generate(
+            text(2, 6), attention_mask=mask, max_new_tokens=6, strategy="semi_autoregressive", block_length=2
+        )
+
+
 def test_only_blocks_go_beyond_the_context():
     with pytest.raises(ValueError, match="text of 9 tokens, more than the model's context.*8"):
         tiny(max_position_embeddings=CONTEXT).generate(max_new_tokens=9, strategy="first_hitting")

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassError
 from tiny_mdlm import text, tiny, tiny_lomdm
 
 from hf_diffusion import LoMDMConfig, LoMDMForMaskedDiffusion, MDLMForMaskedDiffusion
@@ -139,11 +138,9 @@ class TestFromMDLM:
             assert torch.equal(output.exponents, torch.ones_like(output.exponents))
 
     def test_what_it_cannot_be_is_refused(self):
-        with pytest.raises(
-            StrictDataclassClassValidationError, match="`time_conditioning`=True does not go with LoMDM"
-        ):
+        with pytest.raises(ValueError, match="`time_conditioning`=True does not go with LoMDM"):
             LoMDMForMaskedDiffusion.from_mdlm(tiny(time_conditioning=True))
-        with pytest.raises(StrictDataclassClassValidationError, match="`block_size`=2 does not go with LoMDM"):
+        with pytest.raises(ValueError, match="`block_size`=2 does not go with LoMDM"):
             LoMDMForMaskedDiffusion.from_mdlm(tiny(block_size=2))
 
     def test_it_is_saved_as_itself(self, tmp_path):
@@ -169,7 +166,7 @@ class TestFromMDLM:
     ],
 )
 def test_impossible_configurations_are_refused(settings, message):
-    with pytest.raises(StrictDataclassError, match=message):
+    with pytest.raises(ValueError, match=message):
         LoMDMConfig(**settings)
 
 

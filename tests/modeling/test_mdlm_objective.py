@@ -11,6 +11,10 @@ from hf_diffusion import MDLMForMaskedDiffusion
 from hf_diffusion.diffusion.masking import NoisedText
 
 
+def noised(ids):
+    return ids, torch.ones(2, 1), torch.ones(2, 1)
+
+
 class TestObjective:
     def test_one_step_predicts_every_token_from_nothing(self):
         model, ids = tiny(num_timesteps=1, noise_schedule={"type": "loglinear", "epsilon": 0.0}), text(3, 7)
@@ -145,6 +149,16 @@ class TestObjective:
             (text(2, 7), {}, "`labels` must have the shape of `input_ids`"),
             (text(2, 8, masked=0.5), {}, "`labels` hold the mask token .11."),
             (text(2, 8) + 12, {}, "`labels` holds .* no token of the vocabulary"),
+            (text(2, 8).double(), {}, "`labels` must hold token ids, integers"),
+            (text(2, 8), {"attention_mask": torch.ones(2, 7)}, "`attention_mask` must have the shape of `input_ids`"),
+            (text(2, 8), {"noised": (text(2, 8), torch.ones(2, 1))}, "`noised` must hold input_ids, weight, sigma"),
+            (text(2, 8), {"noised": noised(text(2, 7))}, "`noised.input_ids` must have the shape"),
+            (text(2, 8), {"noised": noised(text(2, 8).flip(1))}, "`noised.input_ids` holds .* where the text holds"),
+            (
+                text(2, 8),
+                {"noised": noised(text(2, 8)), "generator": torch.Generator()},
+                "`generator` has no effect with `noised`",
+            ),
             (text(2, 8), {"t": 0.5}, "`t` does not go with `labels`"),
             (text(2, 8), {"query_positions": torch.tensor([[1], [2]])}, "`query_positions` does not go with `labels`"),
         ],
@@ -152,6 +166,16 @@ class TestObjective:
     def test_wrong_labels_are_refused(self, labels, arguments, message):
         with pytest.raises(ValueError, match=message):
             tiny()(text(2, 8), labels=labels, **arguments)
+
+    def test_padding_may_hold_anything(self):
+        model, ids, mask = tiny(), text(2, 8), torch.ones(2, 8, dtype=torch.long)
+        mask[0, 5:] = 0
+        losses = []
+        for filler in (3, 11, 99):
+            padded = ids.masked_fill(mask == 0, filler)
+            generator = torch.Generator().manual_seed(3)
+            losses.append(model(padded, mask, labels=padded.int(), generator=generator).loss)
+        assert losses[0] == losses[1] == losses[2]
 
     def test_trainer_lowers_the_loss(self, tmp_path):
         model, rows = tiny(torch.float32), text(1, 12).expand(64, 12)

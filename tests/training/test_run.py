@@ -174,6 +174,14 @@ def test_stopped_and_resumed_training_ends_where_uninterrupted_training_does(fam
     assert resumed[LOSSES] == pytest.approx(through[LOSSES], rel=1e-6)
 
 
+def test_a_run_is_not_continued_as_another_one(text, tmp_path):
+    settings = {"steps": 6, "evaluate_every": 3, "warmup_steps": 1}
+    train(recipe("mdlm", text, tmp_path, **settings))
+    with pytest.raises(ValueError, match="`block_size` is 8, but the run in .* was begun with None"):
+        train(recipe("mdlm", text, tmp_path, resume=True, block_size=8, **settings))
+    train(recipe("mdlm", text, tmp_path, resume=True, **{**settings, "steps": 9}))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "learning_rate"),
@@ -218,6 +226,9 @@ def test_two_processes_get_the_loss_of_one(family, learning_rate, text, tmp_path
         (["--validation-fraction", "1"], "`validation_fraction` must be between 0 and 1"),
         (["--text", "nowhere.txt"], "'nowhere.txt' is not a file"),
         (["--steps", "100", "--warmup-steps", "90"], "`warmup_steps` (90) and the decay (20 steps) do not fit"),
+        (["--num-attention-heads", "3"], "`hidden_size` (256) must be an even multiple of `num_attention_heads` (3)"),
+        (["--hidden-size", "0"], "`hidden_size` must be at least 1, got 0"),
+        (["--tokenizer", "gpt2", "--vocab-size", "300"], "`vocab_size` (300) has no effect with `tokenizer`='gpt2'"),
         (["--text-length", "4"], "`text_length` must be at least the most streams validated (8)"),
         (["--vocab-size", "100"], "`vocab_size` must be at least 258"),
         (["--family", "mdlm", "--validation-draws", "1"], "`validation_draws` must be at least 2"),
@@ -236,7 +247,21 @@ def test_two_processes_get_the_loss_of_one(family, learning_rate, text, tmp_path
         ),
     ],
     ids=[
-        *("steps", "family", "rho", "fraction", "text", "warm-up", "length", "vocabulary", "draws", "no-block"),
+        *(
+            "steps",
+            "family",
+            "rho",
+            "fraction",
+            "text",
+            "warm-up",
+            "heads",
+            "width",
+            "two-vocabularies",
+            "length",
+            "vocabulary",
+            "draws",
+            "no-block",
+        ),
         *("long-block", "of-mdlm", "switch-of-armd", "several-of-armd", "validation-text", "two-validations"),
     ],
 )

@@ -8,7 +8,7 @@ from .planned import planned
 
 
 def keys(config: DiffusionGenerationConfig, canvas: Canvas) -> torch.Tensor:
-    return ranks(canvas.to_fill, canvas.block)[0]
+    return ranks(canvas.to_fill, canvas.block)
 
 
 AUTOREGRESSIVE = Strategy("autoregressive", planned(keys))

@@ -101,19 +101,19 @@ class Strategy:
     num_planes: Callable[[DiffusionGenerationConfig], int] = lambda config: 1
 
 
-def ranks(flags: torch.Tensor, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Number the True positions within their blocks, and count the blocks.
+def ranks(flags: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
+    """Number the True positions within their blocks, from left to right.
 
     Args:
         flags: bool [batch, length].
         block: long [batch, length], 0 or more and not falling along the True positions of a row.
 
     Returns:
-        Long [batch, length] each: the rank of a position, from 0, and the number of True positions in its block.
+        Long [batch, length], from 0; 0 at False positions too.
     """
     block = torch.where(flags, block, 0)
     num_blocks = int(block.max()) + 1 if block.numel() else 1
     counts = torch.zeros(flags.shape[0], num_blocks, dtype=torch.long, device=flags.device)
     counts.scatter_add_(1, block, flags.long())
     before = counts.cumsum(1) - counts
-    return flags.cumsum(1) - 1 - before.gather(1, block), counts.gather(1, block)
+    return (flags.cumsum(1) - 1 - before.gather(1, block)).masked_fill(~flags, 0)

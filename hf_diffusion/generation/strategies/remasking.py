@@ -70,4 +70,6 @@ class RemaskingFilling(Filling):
         return Pass(asked, self.tokens[self.rows, step], self.levels[step], remasked)
 
     def unsettled(self, masked: torch.Tensor) -> torch.Tensor:
-        return self.to_fill
+        """All of a block until its last step, which masks nothing, and what is behind it."""
+        blocks_done = self.steps_taken // self.num_steps
+        return masked | (self.to_fill & (self.block >= blocks_done[:, None]))

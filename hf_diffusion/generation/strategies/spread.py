@@ -2,17 +2,19 @@
 
 import torch
 
-from ...diffusion.orders import semi_autoregressive_steps
+from ...diffusion.orders import check_steps_per_block
 from ..configuration import DiffusionGenerationConfig
 from .filling import Canvas, Strategy, ranks
 from .planned import planned
 
 
 def keys(config: DiffusionGenerationConfig, canvas: Canvas) -> torch.Tensor:
-    block_length = config.block_length
-    assert block_length is not None
-    steps_in_block = semi_autoregressive_steps(block_length, block_length, config.max_denoising_steps or block_length)
-    return steps_in_block.to(canvas.block.device)[ranks(canvas.to_fill, canvas.block)[0]]
+    rank = ranks(canvas.to_fill, canvas.block)
+    if config.max_denoising_steps is None:
+        return rank
+    assert config.block_length is not None
+    check_steps_per_block(config.max_denoising_steps, config.block_length)
+    return rank % config.max_denoising_steps
 
 
 SPREAD = Strategy("spread", planned(keys), frozenset({"max_denoising_steps"}))
