@@ -1,7 +1,8 @@
 """Foreign checkpoints in: one file per source, and a reader of pickled files that runs nothing in them."""
 
 from .checkpoint_reader import CheckpointError, read_checkpoint
-from .mdlm import CheckpointInfo, ImportedCheckpoint, convert_mdlm_checkpoint, load_mdlm_checkpoint
+from .imported_checkpoint import CheckpointInfo, ImportedCheckpoint
+from .mdlm import convert_mdlm_checkpoint, load_mdlm_checkpoint
 
 
 __all__ = [
