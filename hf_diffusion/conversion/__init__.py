@@ -2,6 +2,7 @@
 
 from .checkpoint_reader import CheckpointError, read_checkpoint
 from .imported_checkpoint import CheckpointInfo, ImportedCheckpoint
+from .lomdm import convert_lomdm_checkpoint, load_lomdm_checkpoint
 from .mdlm import convert_mdlm_checkpoint, load_mdlm_checkpoint
 
 
@@ -9,7 +10,9 @@ __all__ = [
     "CheckpointError",
     "CheckpointInfo",
     "ImportedCheckpoint",
+    "convert_lomdm_checkpoint",
     "convert_mdlm_checkpoint",
+    "load_lomdm_checkpoint",
     "load_mdlm_checkpoint",
     "read_checkpoint",
 ]

@@ -22,6 +22,7 @@ from .inputs_mdlm import check_targets, read_text
 from .loss import chunked_nll
 from .modeling_mdlm import MDLMForMaskedDiffusion, Modulations
 from .outputs import MaskedDiffusionOutput
+from .published_mdlm import register_published_layout
 from .scheduler_head import SchedulerHead
 
 
@@ -234,5 +235,7 @@ class LoMDMForMaskedDiffusion(MDLMForMaskedDiffusion):
             described = diagnostics(copies.log_probs, exponents, copies.exponents, masks.masked, losses, to_predict)
         return LoMDMOutput(loss=loss, diagnostics=described)
 
+
+register_published_layout(LoMDMConfig.model_type)  # of its backbone
 
 __all__ = ["LoMDMForMaskedDiffusion", "LoMDMOutput"]
