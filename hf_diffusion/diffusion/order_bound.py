@@ -4,7 +4,7 @@ Position n of a text is masked at time t with probability t^e[n], e being a func
 revealed at rate e[n]/t, which the model, seeing but the masks, takes to be ê[n]/t. For p the model's probability of
 the clean token, -log p(text) is at most
 
-    integral from 0 to 1 of E[ sum over masked n of -e log p + e log(e/ê) - e + ê ] dt / t                             (1)
+    integral from 0 to 1 of E[ sum over masked n of -e log p + e log(e/ê) - e + ê ] dt / t                           (1)
 
 in nats. On the clock -log t nothing depends on the time but through the masks. So the same is a sum over the states of
 a Plackett-Luce order, and with q = e/R for R the sum of e over the masked, q̂ and R̂ likewise, it is
@@ -12,8 +12,8 @@ a Plackett-Luce order, and with q = e/R for R the sum of e over the masked, q̂ 
     sum over k < length of E[ sum over masked n of -q log p + KL(q | q̂) + R̂/R - 1 - log(R̂/R) ]                      (2)
 
 for the masks that are left after k positions. The last part is what the model pays for not knowing when the next token
-comes. Without it, (2) is lower than (1) and bounds the same likelihood: that of drawing a position by q̂, then its token,
-until none is masked, which is what the process of (1) does whatever its times are (LO-ARM's bound, arXiv 2503.05979).
+comes. Without it, (2) is lower than (1) and bounds the same likelihood: that of drawing a position by q̂, then its
+token, until none is masked, which is what the process of (1) does whenever it does it (LO-ARM, arXiv 2503.05979).
 """
 
 from typing import NamedTuple

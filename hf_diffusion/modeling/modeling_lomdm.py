@@ -16,13 +16,14 @@ from transformers.utils.generic import can_return_tuple
 from ..diffusion.canvas import read_labels
 from ..diffusion.order_bound import bound_terms, rloo_loss
 from ..diffusion.order_diagnostics import diagnostics
-from ..diffusion.order_masks import draw_masks
+from ..diffusion.order_masks import OrderEstimator, draw_masks
 from ..generation.strategies.filling import Filling
 from .configuration_lomdm import LoMDMConfig
 from .inputs_mdlm import check_no_masks, read_text
 from .loss import chunked_nll
 from .modeling_mdlm import MDLMForMaskedDiffusion, Modulations
 from .outputs import MaskedDiffusionOutput
+from .published_mdlm import register_published_layout
 from .rows_mdlm import places_in_text
 from .scheduler_head import SchedulerHead
 
@@ -93,7 +94,7 @@ class LoMDMForMaskedDiffusion(MDLMForMaskedDiffusion):
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         output_exponents: bool = True,
-        bound_estimator: str | None = None,
+        bound_estimator: OrderEstimator | None = None,
         uniforms: tuple[torch.Tensor, torch.Tensor] | None = None,
         generator: torch.Generator | None = None,
         output_hidden_states: bool | None = None,
@@ -205,7 +206,7 @@ class LoMDMForMaskedDiffusion(MDLMForMaskedDiffusion):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
         labels: torch.Tensor,
-        bound_estimator: str | None,
+        bound_estimator: OrderEstimator | None,
         uniforms: tuple[torch.Tensor, torch.Tensor] | None,
         generator: torch.Generator | None,
         num_items_in_batch: torch.Tensor | int | None,
@@ -234,5 +235,7 @@ class LoMDMForMaskedDiffusion(MDLMForMaskedDiffusion):
             described = diagnostics(copies.log_probs, exponents, copies.exponents, masks.masked, losses, to_predict)
         return LoMDMOutput(loss=loss, diagnostics=described)
 
+
+register_published_layout(LoMDMConfig.model_type)  # of its backbone
 
 __all__ = ["LoMDMForMaskedDiffusion", "LoMDMOutput"]

@@ -176,7 +176,7 @@ class TestSpoiltFiles:
             (add("state_dict", **{"backbone.gate": torch.ones(1)}), "holds `gate` besides"),
             (
                 add("state_dict", **{"head.weight": torch.ones(1)}),
-                "holds `head.weight`, where .* begin with 'backbone.'",
+                "holds `head.weight` besides the network of MDLM.*`hf-diffusion convert lomdm`",
             ),
             (
                 add("state_dict", **{"backbone.blocks.1.mlp.2.weight": torch.ones(32, 64)}),
