@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from tiny_mdlm import open_up
+from tiny_mdlm import open_up, spread_orders
 
 from hf_diffusion import (
     ARMDConfig,
@@ -138,7 +138,7 @@ FAMILIES = {
         MDLM_SETTINGS,
         (*MDLM_STRATEGIES, {"strategy": "velocity"}, {**ANCESTRAL, "learned_order": False}),
         pass_by_pass,
-        open_up,
+        lambda model: (open_up(model), spread_orders(model)),
         loss_is_drawn=True,
     ),
 }

@@ -14,8 +14,6 @@ def open_up(model):
         torch.nn.init.normal_(weight, mean=float("norm" in name), std=0.1 if is_modulation else 0.5)
         if name.endswith("modulation.bias"):
             weight.data.view(6, -1)[[2, 5]] += 1
-        if name.endswith("scheduler.out_proj.weight"):
-            weight.data *= 6  # orders that are far from random
 
 
 def tiny(dtype=torch.float64, classes=(MDLMConfig, MDLMForMaskedDiffusion), **settings):
@@ -28,7 +26,24 @@ def tiny(dtype=torch.float64, classes=(MDLMConfig, MDLMForMaskedDiffusion), **se
 
 
 def tiny_lomdm(dtype=torch.float64, **settings):
-    return tiny(dtype, (LoMDMConfig, LoMDMForMaskedDiffusion), **settings)
+    model = tiny(dtype, (LoMDMConfig, LoMDMForMaskedDiffusion), **settings)
+    spread_orders(model)
+    return model
+
+
+@torch.no_grad()
+def spread_orders(model):
+    """Scores of standard deviation 2 in both heads: orders that are far from random, sigmoids that are not saturated."""
+    size, mask = model.config.vocab_size, model.config.mask_token_id
+    ids = torch.randint(size, (64, 6), generator=torch.Generator().manual_seed(4))
+    for head, run in ((model.reverse_scheduler, model), (model.forward_scheduler, model.forward_exponents)):
+        scores = []
+        hook = head.out_proj.register_forward_hook(lambda module, inputs, output, scores=scores: scores.append(output))
+        run(ids if head is model.reverse_scheduler else ids.masked_fill(ids == mask, 0))
+        hook.remove()
+        scale = 2 / scores[0].std()
+        head.out_proj.bias.copy_((head.out_proj.bias - scores[0].mean()) * scale)
+        head.out_proj.weight.mul_(scale)
 
 
 def text(batch, length, masked=0.0):
