@@ -33,7 +33,7 @@ def tiny_lomdm(dtype=torch.float64, **settings):
 
 @torch.no_grad()
 def spread_orders(model):
-    """Scores of standard deviation 2 in both heads: orders that are far from random, sigmoids that are not saturated."""
+    """Scores of standard deviation 2 in both heads: orders far from random, of sigmoids that are not saturated."""
     size, mask = model.config.vocab_size, model.config.mask_token_id
     ids = torch.randint(size, (64, 6), generator=torch.Generator().manual_seed(4))
     for head, run in ((model.reverse_scheduler, model), (model.forward_scheduler, model.forward_exponents)):

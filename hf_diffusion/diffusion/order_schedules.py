@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .schedules import LogLinear, NoiseSchedule
+from .schedules import NoiseSchedule
 
 
 def reveal_probability(alpha_s: torch.Tensor, alpha_t: torch.Tensor) -> torch.Tensor:
@@ -85,7 +85,7 @@ class OrderSchedule(ABC):
 class Shared(OrderSchedule):
     """One noise schedule for all positions, so that all orders are equally likely: MDM."""
 
-    schedule: NoiseSchedule = LogLinear(epsilon=0.0)
+    schedule: NoiseSchedule
 
     def alpha(self, text: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return self.schedule.alpha(t)[:, None].expand(text.shape)
@@ -106,8 +106,8 @@ class Blocks(OrderSchedule):
         schedule: alpha within a block, as its own interval runs from 0 to 1.
     """
 
-    block_size: int = 1
-    schedule: NoiseSchedule = LogLinear(epsilon=0.0)
+    block_size: int
+    schedule: NoiseSchedule
 
     def __post_init__(self) -> None:
         if self.block_size < 1:

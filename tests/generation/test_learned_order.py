@@ -5,8 +5,10 @@ import torch
 from canvas_chain import (
     CANVAS_CASES,
     CANVASES,
+    DRAWS,
     INFILL,
     LENGTH,
+    MASK,
     MASKED,
     NOTHING,
     everywhere,
@@ -17,6 +19,7 @@ from canvas_chain import (
     toy,
     transition,
 )
+from scipy import stats
 from tiny_mdlm import text, tiny_lomdm
 
 
@@ -36,11 +39,22 @@ def test_position_by_position(model, canvas):
     assert p_value(model, canvas, chain) > 1e-3
 
 
-def test_a_random_order_is_told_from_the_learned_one(model):
-    # From a text of masks alone no position is told from another, so the learned order begins with an infill.
-    chain = [one_of(MASKED.double())(predictions(model))] * LENGTH
-    assert p_value(model, INFILL, chain) < 1e-6
-    assert p_value(model, INFILL, chain, learned_order=False) > 1e-3
+@pytest.mark.parametrize("learned_order", [True, False])
+def test_the_next_position_is_drawn_in_proportion_to_its_exponent(model, learned_order):
+    output = model.generate(
+        torch.tensor([INFILL]),
+        num_return_sequences=DRAWS,
+        max_length=LENGTH,
+        learned_order=learned_order,
+        return_dict_in_generate=True,
+    )
+    first = torch.bincount((output.steps == 0).nonzero()[:, 1], minlength=LENGTH).double()
+    rates = exponents(model)[CANVASES.tolist().index(INFILL)] * (torch.tensor(INFILL) == MASK)
+    masked, even = rates > 0, torch.full((3,), DRAWS / 3)
+    learned = rates[masked] / rates.sum() * DRAWS
+    expected, other = (learned, even) if learned_order else (even, learned)
+    assert stats.chisquare(first[masked], expected).pvalue > 1e-3
+    assert stats.chisquare(first[masked], other).pvalue < 1e-6
 
 
 @CANVAS_CASES
@@ -54,9 +68,8 @@ def test_ancestral(model, canvas, num_steps):
 def test_ancestral_without_the_learned_order(model):
     predicted = predictions(model)
     chain = [transition(predicted, everywhere((before - after) / before)) for before, after in grid(3)]
-    arguments = {"strategy": "ancestral", "max_denoising_steps": 3}
-    assert p_value(model, INFILL, chain, **arguments, learned_order=False) > 1e-3
-    assert p_value(model, INFILL, chain, **arguments) < 1e-6
+    arguments = {"strategy": "ancestral", "max_denoising_steps": 3, "learned_order": False}
+    assert p_value(model, INFILL, chain, **arguments) > 1e-3
 
 
 @CANVAS_CASES
