@@ -12,8 +12,8 @@ a Plackett-Luce order, and with q = e/R for R the sum of e over the masked, q̂ 
     sum over k < length of E[ sum over masked n of -q log p + KL(q | q̂) + R̂/R - 1 - log(R̂/R) ]                      (2)
 
 for the masks that are left after k positions. The last part is what the model pays for not knowing when the next token
-comes. Without it, (2) is lower than (1) and bounds the same likelihood: that of drawing a position by q̂, then its token,
-until none is masked, which is what the process of (1) does whatever its times are (LO-ARM's bound, arXiv 2503.05979).
+comes. Without it, (2) is lower than (1) and bounds the same likelihood: that of drawing a position by q̂, then its
+token, until none is masked, which is what the process of (1) does whenever it does it (LO-ARM, arXiv 2503.05979).
 """
 
 from typing import NamedTuple

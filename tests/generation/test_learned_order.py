@@ -41,16 +41,17 @@ def test_position_by_position(model, canvas):
 
 @pytest.mark.parametrize("learned_order", [True, False])
 def test_the_next_position_is_drawn_in_proportion_to_its_exponent(model, learned_order):
+    canvas = torch.tensor([MASK, 2, 0, MASK])
     output = model.generate(
-        torch.tensor([INFILL]),
+        canvas[None],
         num_return_sequences=DRAWS,
         max_length=LENGTH,
         learned_order=learned_order,
         return_dict_in_generate=True,
     )
     first = torch.bincount((output.steps == 0).nonzero()[:, 1], minlength=LENGTH).double()
-    rates = exponents(model)[CANVASES.tolist().index(INFILL)] * (torch.tensor(INFILL) == MASK)
-    masked, even = rates > 0, torch.full((3,), DRAWS / 3)
+    rates = exponents(model)[CANVASES.tolist().index(canvas.tolist())] * (canvas == MASK)
+    masked, even = rates > 0, torch.full((2,), DRAWS / 2, dtype=torch.float64)
     learned = rates[masked] / rates.sum() * DRAWS
     expected, other = (learned, even) if learned_order else (even, learned)
     assert stats.chisquare(first[masked], expected).pvalue > 1e-3
