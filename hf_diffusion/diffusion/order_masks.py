@@ -2,7 +2,8 @@
 
 All estimators have the same mean but for the least times, and differ in how heavy their tails are. With times uniform
 the second moment of a position with exponent e is the integral of t^(e - 2), which only `least_time` keeps finite where
-e <= 1. The jump chain draws no time: its weights have a bound.
+e <= 1. By the mask fraction u it is that of 1/u, whatever the exponents: still infinite, but slowly so. The jump chain
+draws no time, and its weights have a bound.
 """
 
 import math

@@ -232,20 +232,20 @@ between = st.floats(0.01, 3, exclude_min=True, exclude_max=True)
 
 @given(
     st.lists(st.tuples(between, between, st.booleans(), st.booleans(), st.floats(-80, 0)), min_size=1, max_size=8),
-    st.floats(-27.63, -1e-7),
+    st.floats(math.log(1e-7), math.log(27.63)),
     st.sampled_from([torch.float32, torch.float64]),
     st.booleans(),
 )
 @settings(max_examples=200, deadline=None)
-def test_values_and_gradients_are_finite(positions, log_t, dtype, autocast):
-    """For exponents in (0.01, 3) and times down to 1e-12, whatever lies at positions that do not count."""
+def test_values_and_gradients_are_finite(positions, log_minus_log_t, dtype, autocast):
+    """For exponents in (0.01, 3) and times from 1e-12 to almost 1, whatever lies at positions that do not count."""
     e, reverse, masked, eligible, log_probs = (torch.tensor(values) for values in zip(*positions, strict=True))
     masked = torch.stack([masked & eligible, eligible])[:, None]
     nothing = torch.tensor(float("nan"), dtype=dtype)
     e, reverse, log_probs = (
         torch.where(eligible, value.to(dtype), nothing)[None].requires_grad_() for value in (e, reverse, log_probs)
     )
-    log_t = torch.tensor([log_t], dtype=dtype)
+    log_t = -torch.tensor([log_minus_log_t], dtype=dtype).exp()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         log_prob = log_prob_of_masks(e, log_t, masked, eligible[None])
         terms = bound_terms(log_probs, e, reverse, masked)
@@ -258,6 +258,13 @@ def test_values_and_gradients_are_finite(positions, log_t, dtype, autocast):
     for gradient in torch.autograd.grad(loss.sum(), (e, reverse, log_probs)):
         assert bool(gradient.isfinite().all())
         assert bool((gradient[:, ~eligible] == 0).all())
+
+
+def test_what_is_not_due_costs_the_rate_at_which_it_is_expected():
+    """A masked position that is not revealed now, as in blocks to come, by a model that does not know."""
+    rates = torch.tensor([[0.0, 2.0]]), torch.tensor([[0.7, 2.0]])
+    terms = bound_terms(torch.tensor([[-5.0, -3.0]]), *rates, torch.tensor([[True, True]]))
+    torch.testing.assert_close(torch.stack(terms), torch.tensor([[6.0], [0.7]]))
 
 
 def test_nearly_equal_rates_keep_their_digits():
