@@ -100,7 +100,9 @@ def check_no_masks(labels: torch.Tensor, mask_token_id: int) -> None:
         )
 
 
-def check_noised(noised: Any, text: torch.Tensor, mask_token_id: int) -> NoisedText:
+def check_noised(
+    noised: Any, text: torch.Tensor, attention_mask: torch.Tensor | None, mask_token_id: int
+) -> NoisedText:
     """A noised text as it is passed to `forward`. Raises ValueError unless it is made of `text` [batch, length]."""
     if not isinstance(noised, tuple | list) or len(noised) != len(NoisedText._fields):
         raise ValueError(
@@ -120,6 +122,8 @@ def check_noised(noised: Any, text: torch.Tensor, mask_token_id: int) -> NoisedT
     if torch.compiler.is_compiling():
         return noised
     other = (noised.input_ids != mask_token_id) & (noised.input_ids != text)
+    if attention_mask is not None and attention_mask.ndim == 2:
+        other &= attention_mask != 0
     if bool(other.any()):
         raise ValueError(
             f"`noised.input_ids` holds {int(noised.input_ids[other][0])} where the text holds {int(text[other][0])}: "

@@ -325,7 +325,7 @@ class MDLMForMaskedDiffusion(PublishedModelWithHead, DiffusionGenerationMixin):
             noised = self._draw_noised_text(text, labels != -100, attention_mask, generator)
         elif generator is not None:
             raise ValueError("`generator` has no effect with `noised`, which holds the masks already. Leave one out.")
-        noised = check_noised(noised, text, self.mask_token_id)
+        noised = check_noised(noised, text, attention_mask, self.mask_token_id)
         outputs = self.model(
             noised.input_ids,
             attention_mask,
