@@ -38,7 +38,6 @@ def build(
     config: Any,
     weights: Mapping[str, torch.Tensor],
     file: LightningFile,
-    use_ema: bool,
     matched: Mapping[str, str] | None = None,
 ) -> ImportedCheckpoint:
     """A model in evaluation mode with `weights`, which bear published names or ours, and what `file` says besides."""
@@ -52,7 +51,7 @@ def build(
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         assert not report[problem], (problem, report[problem])
     info = CheckpointInfo(
-        weights="averaged" if use_ema else "raw",
+        weights="averaged" if file.use_ema else "raw",
         tokenizer=file.tokenizer_name,
         training_steps=file.training_steps,
         matched=dict(matched or {}),

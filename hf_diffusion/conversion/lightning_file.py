@@ -24,6 +24,8 @@ class LightningFile:
         settings: the hyper-parameters, {} if there are none.
         tokenizer: the pickled tokenizer, as a `Shell`; None if there is none.
         training_steps: optimiser steps, if the file says so.
+        ema: what the file has under the name of the averaged weights.
+        use_ema: whether these are asked for, or the raw ones.
     """
 
     weights: dict[str, torch.Tensor]
@@ -31,13 +33,24 @@ class LightningFile:
     tokenizer: Any
     training_steps: int | None
     ema: Any
+    use_ema: bool
 
-    def averaged(self, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The averaged weights, which the file holds without names, in the order of the raw `parameters`.
+    def chosen(self, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The raw `parameters`, or the averaged weights in their place, whichever is asked for.
 
         Raises:
-            CheckpointError: if there are none, or others than these parameters have.
+            CheckpointError: if there are no averaged weights for these parameters, or if numbers among the raw or the
+                chosen ones are not real and finite.
         """
+        _check_numbers(parameters, "its raw weight", "Take an earlier checkpoint.")
+        if not self.use_ema:
+            return dict(parameters)
+        averaged = self._averaged(parameters)
+        _check_numbers(averaged, "its averaged weight (`ema`) of", "Ask for the raw ones with `use_ema=False`.")
+        return averaged
+
+    def _averaged(self, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The averaged weights, which the file holds without names, in the order of the raw `parameters`."""
         if not isinstance(self.ema, Mapping) or not isinstance(self.ema.get("shadow_params"), list):
             raise CheckpointError("it holds no averaged weights (`ema`). Ask for the raw ones with `use_ema=False`.")
         averaged = self.ema["shadow_params"]
@@ -64,26 +77,42 @@ class LightningFile:
 
 
 @contextmanager
-def lightning_file(path: str | Path) -> Iterator[LightningFile]:
+def lightning_file(path: str | Path, use_ema: bool) -> Iterator[LightningFile]:
     """The content of the file at `path`, read without running anything in it. Errors in the block name the file.
 
     Raises:
+        ValueError: if `use_ema` is no bool.
         FileNotFoundError: if there is no such file.
         CheckpointError: if it is a folder, damaged, no Lightning checkpoint, or one of another kind of model.
     """
+    if not isinstance(use_ema, bool):
+        raise ValueError(f"`use_ema` must be True (averaged weights) or False (raw ones), got {use_ema!r:.80}.")
     path = Path(path)
     if path.is_dir():
-        file = path / "config.json"
-        model_type = json.loads(file.read_text()).get("model_type") if file.is_file() else None
-        raise CheckpointError(f"{path} {describe_folder(model_type)}.")
+        raise CheckpointError(f"{path} {describe_folder(_read_config(path))}.")
     checkpoint = read_checkpoint(path)
     try:
-        yield _interpret(checkpoint)
+        yield _interpret(checkpoint, use_ema)
     except CheckpointError as error:
         raise CheckpointError(f"Cannot import {path}: {error}") from None
 
 
-def _interpret(checkpoint: Mapping[str, Any]) -> LightningFile:
+def _read_config(folder: Path) -> dict[str, Any] | None:
+    """The configuration in a folder of the Hub's format; None if there is none."""
+    file = folder / "config.json"
+    if not file.is_file():
+        return None
+    remedy = "Name a checkpoint file in place of its folder."
+    try:
+        config = json.loads(file.read_bytes())
+    except ValueError as error:  # of the syntax or of the encoding
+        raise CheckpointError(f"{file} is not JSON ({error}). {remedy}") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file} holds a {type(config).__name__}, not a configuration. {remedy}")
+    return config
+
+
+def _interpret(checkpoint: Mapping[str, Any], use_ema: bool) -> LightningFile:
     hyper_parameters = checkpoint.get("hyper_parameters")
     hyper_parameters = hyper_parameters if isinstance(hyper_parameters, Mapping) else {}
     settings = to_plain(hyper_parameters.get("config"))
@@ -112,7 +141,17 @@ def _interpret(checkpoint: Mapping[str, Any]) -> LightningFile:
         tokenizer=hyper_parameters.get("tokenizer"),
         training_steps=steps if isinstance(steps, int) else None,
         ema=checkpoint.get("ema"),
+        use_ema=use_ema,
     )
+
+
+def _check_numbers(weights: Mapping[str, torch.Tensor], what: str, remedy: str) -> None:
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{what} `{name}` has the dtype {tensor.dtype}, not one of real numbers. {remedy}")
+        # NaN and infinity come through a sum, which makes no copies, as `isfinite` does, and takes half the time.
+        if not tensor.sum(dtype=torch.float64).isfinite():
+            raise CheckpointError(f"{what} `{name}` holds NaN or infinity. {remedy}")
 
 
 def few(names: Iterable[Any]) -> str:

@@ -52,16 +52,17 @@ def load_lomdm_checkpoint(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        CheckpointError, a ValueError: if the file is damaged or foreign, if shapes do not fit, if something has to be
-            said by name, if the heads are of another network, or if several of their tensors could be a parameter.
+        CheckpointError, a ValueError: if the file is damaged or foreign, if shapes do not fit, if numbers are not
+            finite, if something has to be said by name, if the heads are of another network, or if several of their
+            tensors could be a parameter.
     """
     given = accept_settings(LoMDMConfig, settings)
     said = read_mapping({} if mapping is None else mapping)
-    with lightning_file(path) as file:
+    with lightning_file(path, use_ema) as file:
         network = network_weights(file.weights)
         if conditioning_size(network) is None:
             raise CheckpointError(f"it lacks `{PREFIX}sigma_map`, so its backbone is not that of MDLM.")
-        found = read_architecture(network, file, given) | read_least_time(file.settings)
+        found = read_architecture(network, file) | read_least_time(file.settings)
         found |= {name: _only_number(file.settings, name) for name in ("c1", "c2")}
         config = make_config(LoMDMConfig, found, given, file.settings)
         shapes = published_shapes(config)
@@ -70,7 +71,7 @@ def load_lomdm_checkpoint(
         parameters: dict[str, torch.Tensor] = {}
         for name, tensor in file.weights.items():
             if name.endswith(ROTARY_BUFFER):  # the backbone's, or a head's own
-                check_rotary(tensor, config.num_attention_heads, config.hidden_size)
+                check_rotary(tensor, config)
             else:
                 parameters[name] = tensor
         backbone = [PREFIX + name for name in shapes]
@@ -78,12 +79,12 @@ def load_lomdm_checkpoint(
         matched = _match_rest(said, tensors, head_shapes(config))
         sources = {**said, **matched}
 
-        chosen = file.averaged(parameters) if use_ema else parameters
+        chosen = file.chosen(parameters)
         heads = {name: source.of(chosen) for name, source in sources.items()}
         _check_order({name: source.of(parameters) for name, source in sources.items()}, heads)
         weights = {name: chosen[name] for name in backbone} | heads
         described = {name: str(source) for name, source in matched.items()}
-        return build(LoMDMForMaskedDiffusion, config, weights, file, use_ema, described)
+        return build(LoMDMForMaskedDiffusion, config, weights, file, described)
 
 
 def convert_lomdm_checkpoint(
@@ -134,7 +135,6 @@ def _check_order(raw: Mapping[str, torch.Tensor], averaged: Mapping[str, torch.T
     Raises:
         CheckpointError: if the heads are closer to each other than to themselves.
     """
-
     forward, reverse = HEADS
     own = swapped = 0.0
     for name, tensor in averaged.items():

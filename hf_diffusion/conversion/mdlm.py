@@ -18,6 +18,7 @@ from .mdlm_network import (
     PREFIX,
     ROTARY_BUFFER,
     accept_settings,
+    check_rotary,
     check_shapes,
     conditioning_size,
     first_said,
@@ -49,14 +50,14 @@ def load_mdlm_checkpoint(path: str | Path, use_ema: bool = True, **settings: Any
     Raises:
         FileNotFoundError: if there is no such file.
         CheckpointError, a ValueError: if the file is damaged or foreign, if names are missing or too many, if shapes do
-            not fit, or if something has to be said by name.
+            not fit, if numbers are not finite, or if something has to be said by name.
     """
     given = accept_settings(MDLMConfig, settings)
-    with lightning_file(path) as file:
+    with lightning_file(path, use_ema) as file:
         network = network_weights(file.weights)
         _refuse_surplus([name for name in file.weights if not name.startswith(PREFIX)])
         is_causal = conditioning_size(network) is None
-        found = read_architecture(network, file, given) | ({} if is_causal else _read_objective(file.settings))
+        found = read_architecture(network, file) | ({} if is_causal else _read_objective(file.settings))
         config = make_config(MDLMARConfig if is_causal else MDLMConfig, found, given, file.settings)
         if not is_causal and config.time_conditioning and setting(file.settings, "training", "change_of_variables"):
             raise CheckpointError(
@@ -65,12 +66,12 @@ def load_mdlm_checkpoint(path: str | Path, use_ema: bool = True, **settings: Any
             )
         shapes = published_shapes(config)
         check_shapes(network, shapes)
+        if ROTARY_BUFFER in network:
+            check_rotary(network[ROTARY_BUFFER], config)
         weights = {name: tensor for name, tensor in network.items() if name != ROTARY_BUFFER}
         _refuse_surplus([name for name in weights if name not in shapes])
-        if use_ema:
-            weights = file.averaged(weights)
-        model_class = MDLMARForCausalLM if is_causal else MDLMForMaskedDiffusion
-        return build(model_class, config, {PREFIX + name: tensor for name, tensor in weights.items()}, file, use_ema)
+        chosen = file.chosen({PREFIX + name: tensor for name, tensor in weights.items()})
+        return build(MDLMARForCausalLM if is_causal else MDLMForMaskedDiffusion, config, chosen, file)
 
 
 def convert_mdlm_checkpoint(
@@ -99,7 +100,7 @@ def _read_objective(settings: Mapping[str, Any]) -> dict[str, Any]:
     """How the model was trained, as fields of `MDLMConfig`; what the file does not say is left to the defaults."""
     objective: dict[str, Any] = read_least_time(settings)
     schedule = setting(settings, "noise", "type")
-    if schedule in _SCHEDULES:
+    if isinstance(schedule, str) and schedule in _SCHEDULES:
         objective["noise_schedule"] = _SCHEDULES[schedule]
     elif schedule in ("linear", "geometric"):
         ends = {end: setting(settings, "noise", end) for end in ("sigma_min", "sigma_max")}

@@ -63,9 +63,7 @@ def conditioning_size(network: Mapping[str, torch.Tensor]) -> int | None:
     return None if bias is None else bias.numel()
 
 
-def read_architecture(
-    network: Mapping[str, torch.Tensor], file: LightningFile, given: Mapping[str, Any]
-) -> dict[str, Any]:
+def read_architecture(network: Mapping[str, torch.Tensor], file: LightningFile) -> dict[str, Any]:
     """Fields of the configuration, None where the file does not say."""
     vocab_size, hidden_size = network["vocab_embed.embedding"].shape
     layers = {
@@ -85,9 +83,14 @@ def read_architecture(
         if said is not None and said != found[ours]:
             raise CheckpointError(f"its hyper-parameters say `{theirs}` {said}, but its weights {found[ours]}.")
     inverse_frequencies = network.get(ROTARY_BUFFER)
-    if inverse_frequencies is not None and inverse_frequencies.numel():
-        found["num_attention_heads"] = hidden_size // (2 * inverse_frequencies.numel())
-        check_rotary(inverse_frequencies, given.get("num_attention_heads", found["num_attention_heads"]), hidden_size)
+    if inverse_frequencies is not None:
+        count = inverse_frequencies.numel()
+        if count == 0 or hidden_size % (2 * count):
+            raise CheckpointError(
+                f"its {count} rotary frequencies (`{PREFIX}{ROTARY_BUFFER}`) do not fit a width of {hidden_size}: "
+                "a head has one for every two of its channels."
+            )
+        found["num_attention_heads"] = hidden_size // (2 * count)
     dropout = setting(file.settings, "model", "dropout")
     if dropout is not None:
         found["residual_dropout"] = dropout
@@ -175,15 +178,15 @@ def check_shapes(weights: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple
             )
 
 
-def check_rotary(inverse_frequencies: torch.Tensor, num_attention_heads: int, hidden_size: int) -> None:
+def check_rotary(inverse_frequencies: torch.Tensor, config: Any) -> None:
     """Raise CheckpointError unless the positions turn as MDLM's do, with base 10000 over the width of a head."""
-    head_dim = hidden_size // num_attention_heads
+    head_dim = config.hidden_size // config.num_attention_heads
     expected = 10000.0 ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    found = inverse_frequencies.double()
-    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-4):
+    comparable = inverse_frequencies.is_floating_point() and inverse_frequencies.shape == expected.shape
+    if not comparable or not torch.allclose(inverse_frequencies.double(), expected, rtol=1e-4):
         raise CheckpointError(
-            f"its rotary frequencies ({found.tolist()!s:.60}) are not those of {num_attention_heads} heads in a width "
-            f"of {hidden_size}."
+            f"its rotary frequencies ({inverse_frequencies.tolist()!s:.60}) are not those of "
+            f"{config.num_attention_heads} heads in a width of {config.hidden_size}."
         )
 
 

@@ -361,6 +361,14 @@ class TestAveragedWeights:
             load(content)
         load(content, use_ema=False)
 
+    def test_a_raw_weight_that_is_not_finite_does_not_hide_the_order(self, model, load):
+        content = content_of(model, *NAMING)
+        content["state_dict"]["psi.mlp.1.weight"][2, 3] = float("nan")
+        with pytest.raises(
+            CheckpointError, match="saved.ckpt: its raw weight `psi.mlp.1.weight` holds NaN or infinity"
+        ):
+            load(content)
+
     def test_an_average_of_the_backbone_alone(self, model, load):
         content = content_of(model, *NAMING)
         del content["ema"]["shadow_params"][-20:]
