@@ -79,8 +79,7 @@ def draw_masks(
     Raises:
         ValueError: for an unknown estimator, numbers out of range, exponents that are too narrow or not positive.
     """
-    if estimator not in get_args(OrderEstimator):
-        raise ValueError(f"`estimator` must be one of {list(get_args(OrderEstimator))}, got {estimator!r}.")
+    check_estimator(estimator)
     if not 0 < least_time < 1:
         raise ValueError(f"`least_time` must be more than 0 and less than 1, got {least_time}.")
     if not 0 < center < math.inf:
@@ -91,11 +90,7 @@ def draw_masks(
         token_uniforms = _uniforms((num_copies, *exponents.shape), exponents, generator)
     else:
         time_uniforms, token_uniforms = (given.to(exponents.device, torch.float64) for given in uniforms)
-        if time_uniforms.shape != exponents.shape[:1] or token_uniforms.shape != (num_copies, *exponents.shape):
-            raise ValueError(
-                f"`uniforms` must have shapes {tuple(exponents.shape[:1])} and {(num_copies, *exponents.shape)}, got "
-                f"{tuple(time_uniforms.shape)} and {tuple(token_uniforms.shape)}."
-            )
+        check_uniforms(uniforms, (num_copies, *exponents.shape))
     if estimator == "jump_chain":
         number_eligible = eligible.sum(dim=-1)
         number_visible = (time_uniforms * number_eligible).long()  # a product with less than 1 is not rounded up
@@ -115,6 +110,25 @@ def draw_masks(
     masked = _below_mask_probability(token_uniforms, exponents, eligible, log_t)
     log_prob = log_prob_of_masks(exponents, log_t.to(exponents.dtype), masked, eligible)
     return OrderMasks(masked, weight.to(exponents.dtype).expand(num_copies, -1), log_prob, log_t.exp())
+
+
+def check_estimator(estimator: str) -> None:
+    """Raise ValueError for an estimator that is none."""
+    if estimator not in get_args(OrderEstimator):
+        raise ValueError(f"`estimator` must be one of {list(get_args(OrderEstimator))}, got {estimator!r}.")
+
+
+def check_uniforms(uniforms: tuple[torch.Tensor, torch.Tensor], shape: tuple[int, int, int]) -> None:
+    """Raise ValueError unless `uniforms` are numbers in [0, 1), [batch] and [copies, batch, length] = `shape`."""
+    found = tuple(tuple(values.shape) for values in uniforms)
+    if found != (shape[1:2], shape):
+        raise ValueError(f"`uniforms` must have shapes {shape[1:2]} and {shape}, got {' and '.join(map(str, found))}.")
+    for values in uniforms:
+        if values.numel() and not bool(((values >= 0) & (values < 1)).all()):
+            raise ValueError(
+                f"`uniforms` must lie in [0, 1), got {float(values.min())} to {float(values.max())}. `torch.rand` "
+                "draws such numbers."
+            )
 
 
 def draw_masks_at(
@@ -177,7 +191,8 @@ def _checked(exponents: torch.Tensor, eligible: torch.Tensor, num_copies: int) -
     exponents = exponents.where(eligible, 1)
     if not bool((exponents > 0).all()):
         raise ValueError(
-            f"`exponents` must be positive where `eligible`, got {float(exponents.min())}. c1 > c2 makes them so."
+            f"`exponents` must be positive where `eligible`, got {float(exponents.min())}. c1 > c2 makes them so, "
+            "unless weights or text are not sound (NaN)."
         )
     return exponents
 

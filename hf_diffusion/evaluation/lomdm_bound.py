@@ -1,8 +1,8 @@
-"""The bound of LoMDM on the likelihood of a text, by any of four estimators with the same mean.
+"""The bound of LoMDM on the likelihood of a text, by any of four estimators.
 
-All of them bound the same sampler, `generate(strategy="first_hitting")`: position by position, each in proportion to
-its exponent. Ancestral sampling comes close to it with many steps, and has a bound of its own that is not estimated
-here.
+Two of them bound the sampler `generate(strategy="first_hitting")`: position by position, each in proportion to its
+exponent. The other two stop at a small time, and bound one that reveals at once what is masked there, which `generate`
+has not. Ancestral sampling comes close to both with many steps.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..diffusion.order_bound import bound_terms, jump_chain_terms
-from ..diffusion.order_masks import OrderEstimator, draw_masks, draw_masks_at
+from ..diffusion.order_masks import OrderEstimator, check_estimator, draw_masks, draw_masks_at
 
 
 @dataclass(frozen=True)
@@ -69,22 +69,23 @@ def estimate_lomdm_bound(
         raise ValueError("`model` is in training mode, and dropout would change the bound. Call `model.eval()`.")
     if num_draws < 2:
         raise ValueError(f"`num_draws` must be at least 2, got {num_draws}: the standard error comes from several.")
-    labels = input_ids if labels is None else labels
-    if attention_mask is not None:
-        labels = labels.masked_fill(attention_mask == 0, -100)
+    if not getattr(model, "learns_order", False):
+        raise ValueError(f"`model` must be a `LoMDMForMaskedDiffusion`, got {type(model).__name__}.")
+    check_estimator(estimator)
+    text, labels = model.read_text_and_labels(input_ids, attention_mask, input_ids if labels is None else labels)
     to_predict = labels != -100
-    exponents = model.forward_exponents(input_ids, attention_mask)
+    exponents = model.forward_exponents(text, attention_mask)
     least_time, center = model.config.least_time, model.config.c1
     truncated = {"uniform_time": 1 - least_time, "power_time": 1 - least_time**center}
     bounds, without_timing = [], []
     for _ in range(num_draws):
         masks = draw_masks(exponents, to_predict, estimator, generator, least_time=least_time, center=center)
-        copies = model.read_masked_copies(input_ids, labels, attention_mask, masks.masked)
+        copies = model.read_masked_copies(text, labels, attention_mask, masks.masked)
         terms = bound_terms(copies.log_probs, exponents, copies.exponents, masks.masked)
         bound = (masks.weight * (terms.token + terms.velocity))[0].double()
         if estimator in truncated:
             masked = draw_masks_at(exponents, to_predict, least_time, generator=generator)
-            copies = model.read_masked_copies(input_ids, labels, attention_mask, masked)
+            copies = model.read_masked_copies(text, labels, attention_mask, masked)
             bound = truncated[estimator] * bound - copies.log_probs[0].sum(dim=-1).double()
         bounds.append(bound)
         if estimator == "jump_chain":
@@ -92,7 +93,7 @@ def estimate_lomdm_bound(
             without_timing.append(((chain.token + chain.order)[0] * to_predict.sum(dim=-1)).double())
     sampler = 'generate(strategy="first_hitting")'
     if estimator in truncated:
-        sampler += f", which reveals at once what is masked at time {least_time}"
+        sampler += f", but for what is masked at time {least_time}, which is revealed at once (not in `generate`)"
     mean, error = _mean_and_error(bounds)
     mean_without, error_without = _mean_and_error(without_timing) if without_timing else (None, None)
     return BoundEstimate(mean, error, mean_without, error_without, to_predict.sum(dim=-1), estimator, sampler)

@@ -83,18 +83,22 @@ class LiveView:
         return pieces
 
 
-def colour_by_step(tokenizer: Any, tokens: list[int], steps: list[int]) -> str:
-    """The text with every token in the colour of the pass it was drawn in, from yellow to violet; given ones plain.
+def colour_by_step(tokenizer: Any, drawn: list[tuple[int, int]]) -> str:
+    """A text with every token in the colour of the pass it was drawn in, from yellow to violet; given ones plain.
 
     Where the environment variable NO_COLOR is set, tokens are followed by the number of their pass in place of it.
 
     Args:
-        steps: pass of every token, -1 for given ones and padding, which is left out at the end.
+        drawn: every token and its pass, -1 for a given one.
     """
-    last, text = max(steps, default=0), ""
-    length = next((n for n in range(len(steps), 0, -1) if steps[n - 1] >= 0), len(steps))
-    for token, step in zip(tokens[:length], steps, strict=False):
-        piece = tokenizer.decode([token])
+    last = max((step for _, step in drawn), default=0)
+    text, shown, tokens = "", "", []
+    for index, (token, step) in enumerate(drawn):
+        tokens.append(token)
+        decoded = tokenizer.decode(tokens)
+        if decoded.endswith("\N{REPLACEMENT CHARACTER}") and index < len(drawn) - 1:
+            continue  # part of a character, which the next token ends
+        piece, shown = decoded[len(shown) :], decoded
         if step < 0:
             text += piece
         elif "NO_COLOR" in os.environ:

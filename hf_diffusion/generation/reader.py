@@ -69,6 +69,8 @@ class Reader:
         logits, exponents = outputs.logits[asks], outputs.get("exponents")
         if exponents is not None:
             exponents = exponents.gather(1, query_positions.clamp(min=0))[asks]
+            if not bool((exponents > 0).all()):
+                raise ValueError("`exponents` hold NaN, or are not positive: they say no order. Are the weights sound?")
         return logits.to(torch.promote_types(logits.dtype, torch.float32)), exponents
 
     def leave_out_all_but(self, rows: torch.Tensor) -> None:

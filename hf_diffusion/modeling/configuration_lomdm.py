@@ -1,7 +1,8 @@
 """Configuration of LoMDM, masked diffusion with a learned order of generation (arXiv 2602.02112)."""
 
-from typing import Any, Literal
+from typing import Literal
 
+from ..diffusion.schedules import describe_schedule, make_schedule
 from .configuration_checks import checked
 from .configuration_mdlm import MDLMConfig
 
@@ -24,6 +25,7 @@ class LoMDMConfig(MDLMConfig):
     """
 
     model_type = "lomdm"
+    keys_to_ignore_at_inference = ["past_key_values", "diagnostics"]
 
     c1: float | int = 0.7
     c2: float | int = 0.65
@@ -39,19 +41,23 @@ class LoMDMConfig(MDLMConfig):
 
     def validate_own_schedule(self) -> None:
         """Raise ValueError for settings of MDLM's that a learned order has no use for (`@checked`)."""
-        reasons: dict[str, tuple[Any, str]] = {
-            "time_conditioning": (False, "positions have no common noise level that the network could be told"),
-            "block_size": (None, "the order is learned over the whole text"),
-            "attend_to_padding": (False, "padding has no place in an order"),
-            "noise_schedule": ({"type": "loglinear", "epsilon": 1e-3}, "the schedule is learned"),
-            "time_law": ("uniform", "`bound_estimator` says how times are drawn"),
-            "num_timesteps": (None, "the bound is that of continuous time"),
-            "low_discrepancy": (True, "times are always spread over the batch"),
+        reasons = {
+            "time_conditioning": "positions have no common noise level that the network could be told",
+            "block_size": "the order is learned over the whole text",
+            "attend_to_padding": "padding has no place in an order",
+            "noise_schedule": "the schedule is learned",
+            "time_law": "`bound_estimator` says how times are drawn",
+            "num_timesteps": "the bound is that of continuous time",
+            "low_discrepancy": "times are always spread over the batch",
         }
-        for name, (default, reason) in reasons.items():
-            value = getattr(self, name)
+        for name, reason in reasons.items():
+            value, default = getattr(self, name), getattr(MDLMConfig, name)
+            if name == "noise_schedule":
+                default = describe_schedule(make_schedule(default))
             if value != default:
                 raise ValueError(f"`{name}`={value!r} does not go with LoMDM: {reason}. Leave it out.")
+        if not 0 < self.least_time < 1:
+            raise ValueError(f"`least_time` must be more than 0 and less than 1, got {self.least_time}.")
 
 
 __all__ = ["LoMDMConfig"]

@@ -5,6 +5,7 @@ training; the other reads the masked text and says at which rate a position is r
 flows from them into the backbone.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from transformers.utils.generic import can_return_tuple
 from ..diffusion.canvas import read_labels
 from ..diffusion.order_bound import bound_terms, rloo_loss
 from ..diffusion.order_diagnostics import diagnostics
-from ..diffusion.order_masks import OrderEstimator, draw_masks
+from ..diffusion.order_masks import OrderEstimator, check_estimator, check_uniforms, draw_masks
 from ..generation.strategies.filling import Filling
 from .configuration_lomdm import LoMDMConfig
 from .inputs_mdlm import check_no_masks, read_text
@@ -26,6 +27,13 @@ from .outputs import MaskedDiffusionOutput
 from .published_mdlm import register_published_layout
 from .rows_mdlm import places_in_text
 from .scheduler_head import SchedulerHead
+
+
+SHAPES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("conditioning_size", "tie_word_embeddings"),
+)
+"""Fields of the configuration that weights depend on."""
 
 
 @dataclass
@@ -66,19 +74,29 @@ class LoMDMForMaskedDiffusion(MDLMForMaskedDiffusion):
 
         Args:
             model: a plain MDLM without time conditioning, or its name or folder (published ones included).
-            settings: fields of `LoMDMConfig`.
+            settings: fields of `LoMDMConfig` that change no shape.
 
         Raises:
-            ValueError: for an MDLM with `time_conditioning` or `block_size`, which LoMDM has not.
+            ValueError: for an MDLM with `time_conditioning` or `block_size`, which LoMDM has not; for a LoMDM.
         """
+        for name in SHAPES:
+            if name in settings:
+                raise ValueError(f"`{name}` ({settings[name]}) is what the MDLM has. Leave it out.")
         mdlm = model if isinstance(model, MDLMForMaskedDiffusion) else MDLMForMaskedDiffusion.from_pretrained(model)
+        if isinstance(mdlm, cls):
+            raise ValueError("`model` is a LoMDM already, with heads of its own. Pass an `MDLMForMaskedDiffusion`.")
         # How the MDLM was trained, and who it is, is not handed on; the configuration refuses what does not go with it.
         dropped = ("noise_schedule", "time_law", "num_timesteps", "low_discrepancy", "model_type", "architectures")
         inherited = {name: value for name, value in mdlm.config.to_dict().items() if name not in dropped}
+        inherited["attn_implementation"] = mdlm.config._attn_implementation
         lomdm = cls(LoMDMConfig(**{**inherited, **settings})).to(dtype=mdlm.dtype, device=mdlm.device)
         report = lomdm.load_state_dict(mdlm.state_dict(), strict=False)
         assert not report.unexpected_keys and all("_scheduler." in name for name in report.missing_keys)
+        lomdm.generation_config = copy.deepcopy(mdlm.generation_config)
         return lomdm.train(mdlm.training)
+
+    def mask_levels(self, num_steps: int) -> torch.Tensor:
+        return super().mask_levels(num_steps) ** self.config.c1
 
     def inputs_of_all_passes(self, filling: Filling) -> dict[str, Any]:
         return {**super().inputs_of_all_passes(filling), "output_exponents": filling.reads_exponents}
@@ -93,7 +111,7 @@ class LoMDMForMaskedDiffusion(MDLMForMaskedDiffusion):
         query_positions: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
-        output_exponents: bool = True,
+        output_exponents: bool | None = None,
         bound_estimator: OrderEstimator | None = None,
         uniforms: tuple[torch.Tensor, torch.Tensor] | None = None,
         generator: torch.Generator | None = None,
@@ -110,15 +128,25 @@ class LoMDMForMaskedDiffusion(MDLMForMaskedDiffusion):
             labels: long [batch, length], a text to predict, as there. Gives `loss`, an estimate of the bound (1) of
                 `diffusion.order_bound` in nats per label; in training from two masked copies, whose difference gives
                 the gradient for the law of the masks (eq. 8), in evaluation from one.
-            output_exponents: without `labels`, compute `exponents`, which takes all positions through all layers.
+            output_exponents: without `labels`, compute `exponents`, which takes all positions through all layers. On by
+                default.
             bound_estimator: with `labels`, in place of `config.bound_estimator`.
             uniforms: with `labels`, what masks are made of: [batch] and [copies, batch, length] in [0, 1). Drawn if not
                 given.
             generator: with `labels`, source of randomness; torch's global one if not given.
         """
         if labels is not None:
-            others = {"modulations": modulations, "query_positions": query_positions, "use_cache": use_cache or None}
-            for name, value in {**others, "past_key_values": past_key_values}.items():
+            others = {
+                "modulations": modulations,
+                "query_positions": query_positions,
+                "past_key_values": past_key_values,
+            }
+            flags = {
+                "use_cache": use_cache,
+                "output_exponents": output_exponents,
+                "output_hidden_states": output_hidden_states,
+            }
+            for name, value in {**others, **{name: flag or None for name, flag in flags.items()}}.items():
                 if value is not None:
                     raise ValueError(f"`{name}` does not go with `labels`, which read masked copies. Leave it out.")
             return self._objective(
@@ -127,7 +155,7 @@ class LoMDMForMaskedDiffusion(MDLMForMaskedDiffusion):
         for name, value in (("bound_estimator", bound_estimator), ("uniforms", uniforms), ("generator", generator)):
             if value is not None:
                 raise ValueError(f"`{name}` has no effect without `labels`. Leave it out, or pass `labels`.")
-        if not output_exponents:
+        if output_exponents is False:
             outputs = super().forward(
                 input_ids,
                 attention_mask,
@@ -186,6 +214,30 @@ class LoMDMForMaskedDiffusion(MDLMForMaskedDiffusion):
             states = self.model(input_ids, attention_mask, return_dict=True).last_hidden_state
         return self._exponents(self.forward_scheduler, states, attention_mask, real)
 
+    def read_text_and_labels(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The text without masks, and its labels, -100 at padding too; long [batch, length] both.
+
+        Args:
+            input_ids, attention_mask, labels: as in `forward`.
+
+        Raises:
+            ValueError: for labels that are no text to predict, and for a text with masks where there is no label.
+        """
+        labels = read_labels(labels, input_ids, attention_mask, self.config.vocab_size)
+        check_no_masks(labels, self.mask_token_id)
+        text = torch.where(labels != -100, labels, input_ids)
+        hidden = text == self.mask_token_id
+        if attention_mask is not None and attention_mask.shape == text.shape:
+            hidden &= attention_mask != 0
+        if not torch.compiler.is_compiling() and bool(hidden.any()):
+            raise ValueError(
+                f"`input_ids` holds the mask token ({self.mask_token_id}) where there is no label, and the order is "
+                "read from a whole text. Pass its tokens as `labels`."
+            )
+        return text, labels
+
     def read_masked_copies(
         self, text: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor | None, masked: torch.Tensor
     ) -> MaskedCopies:
@@ -211,15 +263,18 @@ class LoMDMForMaskedDiffusion(MDLMForMaskedDiffusion):
         generator: torch.Generator | None,
         num_items_in_batch: torch.Tensor | int | None,
     ) -> LoMDMOutput:
-        labels = read_labels(labels, input_ids, attention_mask, self.config.vocab_size)
-        check_no_masks(labels, self.mask_token_id)
-        text, to_predict = torch.where(labels != -100, labels, input_ids), labels != -100
+        num_copies, estimator = 2 if self.training else 1, bound_estimator or self.config.bound_estimator
+        check_estimator(estimator)
+        if uniforms is not None:
+            check_uniforms(uniforms, (num_copies, *input_ids.shape))
+        text, labels = self.read_text_and_labels(input_ids, attention_mask, labels)
+        to_predict = labels != -100
         exponents = self.forward_exponents(text, attention_mask)
         masks = draw_masks(
             exponents,
             to_predict,
-            bound_estimator or self.config.bound_estimator,
-            num_copies=2 if self.training else 1,
+            estimator,
+            num_copies=num_copies,
             least_time=self.config.least_time,
             center=self.config.c1,
             uniforms=uniforms,

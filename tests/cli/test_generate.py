@@ -66,10 +66,22 @@ def test_the_order_is_shown_in_colours(capsys, monkeypatch, tokenizer):
     assert re.sub("[₀-₉]", "", numbered) == re.sub(r"\033\[[0-9;]*m", "", coloured)
 
 
-def test_padding_after_the_end_is_not_shown(tokenizer, monkeypatch):
+def test_given_text_after_a_gap_is_shown_and_padding_is_not(capsys, monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
-    ids = tokenizer("king")["input_ids"]
-    assert colour_by_step(tokenizer, [*ids, 0, 0], [*[2] * len(ids), -1, -1]).endswith("₂")
+    assert main(["generate", "--show-order", "--greedy", "--prompt", "JULIET. [MASK]*3 night"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("JULIET.")
+    assert shown.endswith(" night\n")
+    assert re.findall("[₀-₉]", shown) == ["₀", "₁", "₂"]
+
+
+def test_a_character_of_several_tokens_stays_whole(tokenizer, monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    ids = tokenizer("é 你")["input_ids"]
+    assert len(ids) > 3
+    assert colour_by_step(tokenizer, [(token, -1) for token in ids]) == "é 你"
+    numbered = colour_by_step(tokenizer, [(token, step) for step, token in enumerate(ids)])
+    assert re.sub("[₀-₉]", "", numbered) == "é 你"
 
 
 @pytest.mark.parametrize(
@@ -78,6 +90,10 @@ def test_padding_after_the_end_is_not_shown(tokenizer, monkeypatch):
         (["--strategy", "diagonal"], "`strategy` must be one of"),
         (["--mask-symbol", ""], "`mask_symbol` must not be empty"),
         (["--live", "--num-return-sequences", "2"], "`num_return_sequences` .2. must be 1 with `live`"),
+        (["--device", "nowhere"], "`device`='nowhere' is not to be had here"),
+        (["--seed", str(2**70)], "`seed` must be at least 0 and less than"),
+        (["--prompt", "a [MASK]*0 b"], "`prompt` holds a gap of no token"),
+        (["--strategy", "velocity"], "follows an order that the model has learned; this one has not learned any"),
         (["--learned-order"], "`learned_order`=True has no effect"),
     ],
 )

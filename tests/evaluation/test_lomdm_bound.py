@@ -149,7 +149,32 @@ def test_a_uniform_model_scores_log_v_in_every_draw():
     assert float(estimate.standard_error.max()) < 1e-6
 
 
+@torch.no_grad()
+def test_masks_in_the_text_are_filled_from_the_labels_or_refused():
+    model, ids = tiny_lomdm(), text(2, 8)
+    masked = ids.masked_fill(torch.arange(8) < 4, 11)
+    bounds = [
+        estimate_lomdm_bound(model, shown, labels=ids, num_draws=3, generator=torch.Generator().manual_seed(0)).bound
+        for shown in (ids, masked)
+    ]
+    assert torch.equal(*bounds)
+    with pytest.raises(ValueError, match="`labels` hold the mask token"):
+        estimate_lomdm_bound(model, masked)
+    with pytest.raises(ValueError, match="`input_ids` holds the mask token .11. where there is no label"):
+        estimate_lomdm_bound(model, masked, labels=ids.masked_fill(torch.arange(8) < 4, -100))
+
+
 def test_wrong_calls_are_refused(model):
+    ids = TEXTS[:2]
+    for arguments, message in (
+        ({"labels": ids + 9}, "which is no token of the vocabulary"),
+        ({"labels": ids[:, :2]}, "`labels` must have the shape of `input_ids`"),
+        ({"attention_mask": torch.ones(2, 3)}, "`attention_mask` must have the shape of `input_ids`"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            estimate_lomdm_bound(model, ids, **arguments)
+    with pytest.raises(ValueError, match="`model` must be a `LoMDMForMaskedDiffusion`, got MDLM"):
+        estimate_lomdm_bound(toy(), ids)
     with pytest.raises(ValueError, match="`num_draws` must be at least 2"):
         estimate_lomdm_bound(model, TEXTS[:2], num_draws=1)
     with pytest.raises(ValueError, match="`estimator` must be one of"):

@@ -66,9 +66,11 @@ def test_ancestral(model, canvas, num_steps):
     assert p_value(model, canvas, chain, strategy="ancestral", max_denoising_steps=num_steps) > 1e-3
 
 
-def test_ancestral_without_the_learned_order(model):
+def test_ancestral_without_the_learned_order():
+    model = toy(tiny_lomdm, c1=0.5, c2=0.4)
     predicted = predictions(model)
-    chain = [transition(predicted, everywhere((before - after) / before)) for before, after in grid(3)]
+    # As with `c2` = 0: every exponent is `c1`.
+    chain = [transition(predicted, everywhere(1 - (after / before) ** 0.5)) for before, after in grid(3)]
     arguments = {"strategy": "ancestral", "max_denoising_steps": 3, "learned_order": False}
     assert p_value(model, INFILL, chain, **arguments) > 1e-3
 
@@ -97,16 +99,32 @@ def test_ancestral_takes_no_pass_in_which_nothing_is_revealed(num_steps):
         assert set(row) == set(range(max(row) + 1))
 
 
+@pytest.mark.parametrize("strategy", [{}, {"max_denoising_steps": 3}, {"strategy": "velocity"}], ids=str)
+def test_exponents_that_are_none_end_with_an_error(strategy):
+    model = tiny_lomdm()
+    torch.nn.init.constant_(model.reverse_scheduler.out_proj.bias, float("nan"))
+    with pytest.raises(ValueError, match="`exponents` hold NaN"):
+        model.generate(max_new_tokens=4, **strategy)
+
+
+def test_the_samplers_of_the_reference_are_those_without_an_order():
+    model = tiny_lomdm()
+    arguments = {"strategy": "ancestral", "max_denoising_steps": 4, "reference_sampler": "ddpm", "max_new_tokens": 5}
+    with pytest.raises(ValueError, match="`reference_sampler`='ddpm' has no effect .* set `learned_order=False`"):
+        model.generate(**arguments)
+    assert model.generate(**arguments, learned_order=False).shape == (1, 5)
+
+
 def test_settings_that_a_learned_order_does_not_read_are_refused():
     model = tiny_lomdm()
     blocks = {"strategy": "semi_autoregressive", "block_length": 2}
     for arguments, message in (
         ({"strategy": "confidence", "learned_order": True}, "`learned_order`=True has no effect with"),
-        ({"strategy": "velocity", "learned_order": False}, "`strategy` must be one of"),
+        ({"strategy": "velocity", "learned_order": False}, "which `learned_order=False` ignores"),
         ({**blocks, "approximate_cache": True}, "needs all positions in every pass to say in which order"),
         (
             {"strategy": "ancestral", "max_denoising_steps": 2, "remasking": "cap", "remasking_strength": 0.5},
-            "`remasking`='cap' has no effect with",
+            "`remasking`='cap' has no effect with .*`learned_order=False`, with which the strategy reads it",
         ),
     ):
         with pytest.raises(ValueError, match=message):

@@ -109,6 +109,21 @@ class TestGradients:
                 torch.testing.assert_close(gradient, theirs[name], msg=name)
         assert not torch.equal(ours["reverse_scheduler.in_proj.weight"], theirs["reverse_scheduler.in_proj.weight"])
 
+    @pytest.mark.parametrize("use_reentrant", [True, False])
+    def test_gradient_checkpointing_reaches_the_heads(self, use_reentrant):
+        expected = self.gradients(tiny_lomdm())
+        model = tiny_lomdm()
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        for name, gradient in self.gradients(model).items():
+            torch.testing.assert_close(gradient, expected[name], msg=name)
+
+    @pytest.mark.parametrize("estimator", ["uniform_time", "power_time", "mask_fraction", "jump_chain"])
+    def test_all_is_finite_under_autocast_at_times_that_no_float_holds(self, estimator):
+        model = tiny_lomdm(torch.float32, c2=0.6999, least_time=1e-12)
+        with torch.autocast("cpu", torch.bfloat16):
+            gradients = self.gradients(model, bound_estimator=estimator)
+        assert all(bool(gradient.isfinite().all()) for gradient in gradients.values())
+
     def test_padding_and_given_tokens_have_no_part_in_the_loss(self):
         model, ids = tiny_lomdm().train(), text(2, 8)
         mask = torch.ones_like(ids)
@@ -143,6 +158,18 @@ class TestFromMDLM:
         with pytest.raises(ValueError, match="`block_size`=2 does not go with LoMDM"):
             LoMDMForMaskedDiffusion.from_mdlm(tiny(block_size=2))
 
+    def test_settings_of_generation_and_attention_are_kept_and_shapes_are(self):
+        mdlm = tiny(eos_token_id=4)
+        mdlm.generation_config.top_k = 3
+        mdlm.set_attn_implementation("eager")
+        lomdm = LoMDMForMaskedDiffusion.from_mdlm(mdlm)
+        assert (lomdm.generation_config.eos_token_id, lomdm.generation_config.top_k) == (4, 3)
+        assert lomdm.config._attn_implementation == "eager"
+        with pytest.raises(ValueError, match="`hidden_size` .32. is what the MDLM has"):
+            LoMDMForMaskedDiffusion.from_mdlm(mdlm, hidden_size=32)
+        with pytest.raises(ValueError, match="`model` is a LoMDM already"):
+            LoMDMForMaskedDiffusion.from_mdlm(lomdm)
+
     def test_it_is_saved_as_itself(self, tmp_path):
         lomdm = LoMDMForMaskedDiffusion.from_mdlm(tiny())
         lomdm.save_pretrained(tmp_path)
@@ -161,6 +188,7 @@ class TestFromMDLM:
         ),
         ({"c2": -0.1}, "`c2` .-0.1. must be at least 0"),
         ({"bound_estimator": "elbo"}, "bound_estimator"),
+        ({"least_time": 0.0}, "`least_time` must be more than 0"),
         ({"noise_schedule": "cosine"}, "`noise_schedule`=.* does not go with LoMDM: the schedule is learned"),
         ({"attend_to_padding": True}, "`attend_to_padding`=True does not go with LoMDM"),
     ],
@@ -179,6 +207,9 @@ def test_impossible_configurations_are_refused(settings, message):
         ({"attention_mask": torch.zeros(2, 1, 8, 8)}, "does not say which positions are text"),
         ({"labels": text(2, 8, masked=0.5)}, "`labels` hold the mask token"),
         ({"labels": text(2, 8), "bound_estimator": "elbo"}, "must be one of"),
+        ({"labels": text(2, 8), "output_hidden_states": True}, "`output_hidden_states` does not go with `labels`"),
+        ({"labels": text(2, 8), "uniforms": (torch.ones(2), torch.rand(1, 2, 8))}, "`uniforms` must lie in .0, 1."),
+        ({"labels": text(2, 8), "uniforms": (torch.rand(2), torch.rand(2, 8))}, "`uniforms` must have shapes"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, message):

@@ -46,6 +46,11 @@ def find_strategy(config: DiffusionGenerationConfig, learns_order: bool = False)
         argument, name, choices = "strategy", config.strategy, STRATEGIES
     if learns_order and config.learned_order is not False:
         choices = choices | LEARNED_ORDERS
+    if name == VELOCITY.name and name not in choices:
+        raise ValueError(
+            f'`{argument}="{name}"` follows an order that the model has learned'
+            + (", which `learned_order=False` ignores." if learns_order else "; this one has not learned any.")
+        )
     if name not in choices:
         known = sorted(choices if in_blocks else [*choices, SEMI_AUTOREGRESSIVE])
         raise ValueError(f"`{argument}` must be one of {known}, got {name!r}.")
@@ -60,7 +65,10 @@ def find_strategy(config: DiffusionGenerationConfig, learns_order: bool = False)
         if value is None and field in required:
             raise ValueError(f"{described} needs `{field}`.")
         if value is not None and (value is not False or field == "learned_order") and field not in fields:
-            raise ValueError(f"`{field}`={value!r} has no effect with {described}; {_readers_of(field)}")
+            remedy = _readers_of(field)
+            if strategy in LEARNED_ORDERS.values() and name in STRATEGIES and field in STRATEGIES[name].fields:
+                remedy = "leave it out, or set `learned_order=False`, with which the strategy reads it."
+            raise ValueError(f"`{field}`={value!r} has no effect with {described}; {remedy}")
     return strategy
 
 

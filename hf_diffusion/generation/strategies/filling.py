@@ -81,6 +81,25 @@ class Filling(ABC):
         return masked
 
 
+class BlockwiseFilling(Filling):
+    """Asks for all masked positions of the first block that is not finished, and chooses among the answers.
+
+    Attributes:
+        block: long [batch, length], of the canvas.
+        begins: bool [batch], rows whose current block is not that of the pass before.
+    """
+
+    def __init__(self, canvas: Canvas) -> None:
+        self.block, self.uniforms = canvas.block, canvas.uniforms[:, 0]
+        self._current = self.block.new_full((len(self.block),), -1)
+        self.begins = torch.ones_like(self._current, dtype=torch.bool)
+
+    def next_pass(self, masked: torch.Tensor) -> Pass:
+        first = torch.where(masked, self.block, torch.iinfo(self.block.dtype).max).amin(dim=1)
+        self.begins, self._current = first != self._current, first
+        return Pass(masked & (self.block == first[:, None]), self.uniforms)
+
+
 @dataclass(frozen=True)
 class Strategy:
     """

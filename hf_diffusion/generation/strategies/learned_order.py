@@ -9,10 +9,10 @@ law, and one uniform for each position decides the whole order.
 import torch
 
 from ..configuration import DiffusionGenerationConfig
-from .filling import Canvas, Filling, Pass, Strategy
+from .filling import BlockwiseFilling, Canvas, Pass, Strategy
 
 
-class LearnedOrderFilling(Filling):
+class LearnedOrderFilling(BlockwiseFilling):
     """
     With `max_denoising_steps` T, time goes from 1 to 0 in T equal steps: all positions whose time falls into a step are
     drawn together, from what was known before it, and the last step reveals whatever is left. Without, each is drawn
@@ -22,17 +22,15 @@ class LearnedOrderFilling(Filling):
     reads_exponents = True
 
     def __init__(self, config: DiffusionGenerationConfig, canvas: Canvas) -> None:
-        self.block, self.uniforms = canvas.block, canvas.uniforms[:, 0]
+        super().__init__(canvas)
         self.budget = -torch.log1p(-canvas.uniforms[:, 1])
         self.num_steps = config.max_denoising_steps
-        self.current_block = self.block.new_full((len(self.block),), -1)
-        self.steps_left = torch.zeros_like(self.current_block)
+        self.steps_left = torch.zeros_like(self.block[:, 0])
 
     def next_pass(self, masked: torch.Tensor) -> Pass:
-        first = torch.where(masked, self.block, torch.iinfo(self.block.dtype).max).amin(dim=1)
-        self.steps_left = torch.where(first == self.current_block, self.steps_left, self.num_steps or 0)
-        self.current_block = first
-        return Pass(masked & (self.block == first[:, None]), self.uniforms)
+        step = super().next_pass(masked)
+        self.steps_left = torch.where(self.begins, self.num_steps or 0, self.steps_left)
+        return step
 
     def choose(self, asked: torch.Tensor, logits: torch.Tensor, exponents: torch.Tensor | None = None) -> torch.Tensor:
         assert exponents is not None
@@ -53,12 +51,15 @@ class LearnedOrderFilling(Filling):
         return kept
 
 
-class FastestFirst(LearnedOrderFilling):
+class FastestFirst(BlockwiseFilling):
     """The position of the highest exponent next, without chance; the first of several that are equal."""
+
+    reads_exponents = True
 
     def choose(self, asked: torch.Tensor, logits: torch.Tensor, exponents: torch.Tensor | None = None) -> torch.Tensor:
         assert exponents is not None
-        rate = torch.full_like(self.budget, -torch.inf).masked_scatter(asked, exponents.to(self.budget.dtype))
+        rate = torch.full(asked.shape, -torch.inf, dtype=exponents.dtype, device=asked.device)
+        rate[asked] = exponents
         return torch.zeros_like(asked).scatter(1, rate.argmax(dim=1, keepdim=True), True) & asked
 
 
@@ -75,4 +76,4 @@ LEARNED_ANCESTRAL = Strategy(
     num_planes=two_planes,
 )
 LEARNED_FIRST_HITTING = Strategy("first_hitting", LearnedOrderFilling, planned=False, num_planes=two_planes)
-VELOCITY = Strategy("velocity", FastestFirst, planned=False, num_planes=two_planes)
+VELOCITY = Strategy("velocity", lambda config, canvas: FastestFirst(canvas), planned=False)

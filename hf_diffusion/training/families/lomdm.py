@@ -32,6 +32,7 @@ class LoMDMRecipe(TrainingRecipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_validation_draws(self.validation_draws)
+        LoMDMConfig(c1=self.c1, c2=self.c2, bound_estimator=self.bound_estimator)  # raises for what does not fit
 
     def build_model(self, tokenizer: Any) -> PreTrainedModel:
         return LoMDMForMaskedDiffusion(
