@@ -9,9 +9,11 @@ from .modeling.auto import register
 from .modeling.cache_armd import ARMDCache
 from .modeling.cache_mdlm import MDLMCache
 from .modeling.configuration_armd import ARMDConfig
+from .modeling.configuration_lomdm import LoMDMConfig
 from .modeling.configuration_mdlm import MDLMConfig
 from .modeling.configuration_mdlm_ar import MDLMARConfig
 from .modeling.modeling_armd import ARMDForMaskedDiffusion
+from .modeling.modeling_lomdm import LoMDMForMaskedDiffusion
 from .modeling.modeling_mdlm import MDLMForMaskedDiffusion
 from .modeling.modeling_mdlm_ar import MDLMARForCausalLM
 from .modeling.packed_linear import pack_linear_layers, unpack_linear_layers
@@ -25,6 +27,8 @@ __all__ = [
     "ARMDForMaskedDiffusion",
     "ApproximateMDLMCache",
     "DiffusionGenerationConfig",
+    "LoMDMConfig",
+    "LoMDMForMaskedDiffusion",
     "MDLMARConfig",
     "MDLMARForCausalLM",
     "MDLMCache",

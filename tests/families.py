@@ -4,9 +4,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from tiny_mdlm import open_up
+from tiny_mdlm import open_up, spread_orders
 
-from hf_diffusion import ARMDConfig, ARMDForMaskedDiffusion, MDLMConfig, MDLMForMaskedDiffusion
+from hf_diffusion import (
+    ARMDConfig,
+    ARMDForMaskedDiffusion,
+    LoMDMConfig,
+    LoMDMForMaskedDiffusion,
+    MDLMConfig,
+    MDLMForMaskedDiffusion,
+)
 
 
 VOCAB_SIZE = 23
@@ -123,6 +130,15 @@ FAMILIES = {
         (LEFT_TO_RIGHT, *BLOCK_STRATEGIES),
         pass_by_pass,
         open_up,
+        loss_is_drawn=True,
+    ),
+    "lomdm": Family(
+        LoMDMConfig,
+        LoMDMForMaskedDiffusion,
+        MDLM_SETTINGS,
+        (*MDLM_STRATEGIES, {"strategy": "velocity"}, {**ANCESTRAL, "learned_order": False}),
+        pass_by_pass,
+        lambda model: (open_up(model), spread_orders(model)),
         loss_is_drawn=True,
     ),
 }

@@ -119,7 +119,7 @@ class TestModel:
         # Not to float64's own precision: rotary angles are float32, and rounded otherwise.
         torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
         for weight, gradient in zip(model.parameters(), gradients, strict=True):
-            assert (weight.grad - gradient).norm() <= 1e-5 * gradient.norm()
+            assert (weight.grad - gradient).norm() <= 1e-4 * gradient.norm()
 
     def test_bfloat16_is_close_to_float32(self, family):
         model, ids = family.model(), text(2, 9)

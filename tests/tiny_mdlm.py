@@ -2,7 +2,7 @@
 
 import torch
 
-from hf_diffusion import MDLMConfig, MDLMForMaskedDiffusion
+from hf_diffusion import LoMDMConfig, LoMDMForMaskedDiffusion, MDLMConfig, MDLMForMaskedDiffusion
 
 
 def open_up(model):
@@ -16,12 +16,37 @@ def open_up(model):
             weight.data.view(6, -1)[[2, 5]] += 1
 
 
-def tiny(dtype=torch.float64, **settings):
+def tiny(dtype=torch.float64, classes=(MDLMConfig, MDLMForMaskedDiffusion), **settings):
+    config_class, model_class = classes
     shared = {"vocab_size": 12, "hidden_size": 16, "conditioning_size": 8, "num_hidden_layers": 3}
     config = {"num_attention_heads": 2, "max_position_embeddings": 32, "residual_dropout": 0.0}
-    model = MDLMForMaskedDiffusion(MDLMConfig(**{**shared, **config, **settings}))
+    model = model_class(config_class(**{**shared, **config, **settings}))
     open_up(model)
     return model.to(dtype).eval()
+
+
+def tiny_lomdm(dtype=torch.float64, **settings):
+    model = tiny(dtype, (LoMDMConfig, LoMDMForMaskedDiffusion), **settings)
+    spread_orders(model)
+    return model
+
+
+@torch.no_grad()
+def spread_orders(model):
+    """Scores of standard deviation 1.5 in both heads: orders far from random, of sigmoids that are not saturated."""
+    size, mask = model.config.vocab_size, model.config.mask_token_id
+    ids = torch.randint(size, (64, 6), generator=torch.Generator().manual_seed(4))
+    for name, weight in model.named_parameters():
+        if "scheduler" in name and weight.ndim == 2:
+            torch.nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+    for head, run in ((model.reverse_scheduler, model), (model.forward_scheduler, model.forward_exponents)):
+        scores = []
+        hook = head.out_proj.register_forward_hook(lambda module, inputs, output, scores=scores: scores.append(output))
+        run(ids if head is model.reverse_scheduler else ids.masked_fill(ids == mask, 0))
+        hook.remove()
+        scale = 1.5 / scores[0].std()
+        head.out_proj.bias.copy_((head.out_proj.bias - scores[0].mean()) * scale)
+        head.out_proj.weight.mul_(scale)
 
 
 def text(batch, length, masked=0.0):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "demo": "watch the model that comes with the package write in parallel streams",
+    "generate": "text from a model, by any strategy",
     "train": "train a model on text",
     "convert": "turn a checkpoint of another implementation into a folder that from_pretrained loads",
 }

@@ -11,6 +11,7 @@ import pickletools
 import struct
 import sys
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -47,12 +48,16 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """Reads a dict that `torch.save` wrote (in its zip format, the default since torch 1.6) and runs none of it.
 
     Tensors come on the CPU with their dtype, shape and strides, and share memory where they did. They are mapped from
-    the file and loaded when used: leave the file alone as long as they live. Writing into them does not reach it.
+    the file, which is read once to compare checksums, and again where they are used: leave it alone as long as they
+    live. Writing into them does not reach it.
+
     Numbers, strings and builtin containers come as they are, a `defaultdict` as a dict, everything else as a `Shell`.
 
     Raises:
         FileNotFoundError: there is no such file.
         CheckpointError: the file is damaged, is not of this kind, or holds tensors that are not plain dense ones.
+            Damage inside a record is found by its checksum, which `torch.save` writes unless told not to
+            (`torch.serialization.set_crc32_options`).
     """
     name = os.fspath(path)
     with open(name, "rb") as file:
@@ -107,7 +112,10 @@ def _read_archive(file: IO[bytes]) -> Any:
         if signature != b"PK\x03\x04" or info.compress_type or info.flag_bits & 1:
             raise ValueError(f"the record {name!a} is compressed, encrypted or not in its place")
         start = info.header_offset + 30 + name_size + extra_size
-        return memoryview(mapped)[start : start + info.file_size]
+        content = memoryview(mapped)[start : start + info.file_size]
+        if info.CRC and zlib.crc32(content) != info.CRC:  # 0 is what torch.save writes in place of a checksum
+            raise CheckpointError(f"its record {info.filename!a} is damaged (checksum). Download or save it again")
+        return content
 
     def elements(reference: Any) -> torch.Tensor:
         """What a persistent id stands for: the elements of a storage."""

@@ -50,6 +50,8 @@ def find_sibling(checkpoint: Mapping[str, Any], settings: Mapping[str, Any], nam
     model = checkpoint.get("model")
     if isinstance(model, Mapping) and any(str(name).endswith("vocab_embed.embedding") for name in model):
         return "sedd"  # its own repository keeps the weights under this name
+    if setting(settings, "graph", "type") is not None:
+        return "sedd"  # and its noise under this one
     algorithm = str(setting(settings, "algo", "name") or "").lower().replace("-", "").replace("_", "")
     for prefix, sibling in (("bd3", "bd3lm"), ("duo", "duo"), ("distill", "duo"), ("eso", "esolm"), ("udlm", "udlm")):
         if algorithm.startswith(prefix):
@@ -58,7 +60,8 @@ def find_sibling(checkpoint: Mapping[str, Any], settings: Mapping[str, Any], nam
         return algorithm
     if setting(settings, "diffusion") == "uniform":
         return "udlm"
-    return {"sedd": "sedd", "d3pm": "d3pm"}.get(parameterization(settings) or "")
+    meaning = parameterization(settings)
+    return meaning if meaning in ("sedd", "d3pm") else None
 
 
 def parameterization(settings: Mapping[str, Any]) -> str | None:
@@ -66,10 +69,16 @@ def parameterization(settings: Mapping[str, Any]) -> str | None:
     return setting(settings, "algo", "parameterization") or setting(settings, "parameterization")
 
 
-def describe_folder(model_type: Any) -> str:
-    """What to do with a folder in the format of the Hub whose configuration names `model_type`."""
-    if model_type in ("mdlm", "mdlm_ar"):
-        return "is a folder that loads as it is. Use AutoModelForMaskedLM.from_pretrained"
-    if str(model_type).lower() in ALGORITHMS:
-        return f"is {ALGORITHMS[str(model_type).lower()]}"
-    return "is a folder. Name the checkpoint file in it"
+def describe_folder(config: Mapping[str, Any] | None) -> str:
+    """What a folder is, and what to do with it, by the `config.json` in it; None if it has none."""
+    if config is None:
+        return "is a folder. Name the checkpoint file in it"
+    model_type = config.get("model_type")
+    if model_type in ("mdlm", "mdlm_ar", "lomdm"):
+        return "is a folder that loads as it is. Use AutoModel.from_pretrained"
+    named = str(model_type).lower()
+    sibling = named if named in ALGORITHMS else find_sibling({}, config, set())
+    if sibling is not None:
+        return f"is {ALGORITHMS[sibling]}"
+    what = "names no `model_type`" if model_type is None else f"names the `model_type` {model_type!r:.80}"
+    return f"is a folder whose `config.json` {what}, so it is not of MDLM. Name a checkpoint file if it has one"

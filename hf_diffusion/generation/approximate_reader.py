@@ -29,7 +29,7 @@ class ApproximateReader(Reader):
 
     def read(
         self, rows: torch.Tensor, input_ids: torch.Tensor, asked: torch.Tensor, level: torch.Tensor | None
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         block = self.canvas.block.masked_fill(~asked, -1).amax(dim=1)
         goes_on = torch.zeros_like(block, dtype=torch.bool)
         goes_on[rows] = block[rows] == self.block[rows]
@@ -37,10 +37,10 @@ class ApproximateReader(Reader):
         self.leave_out_all_but(rows)
         self.approximate_cache.renew(~goes_on[rows])
         self.block = block
-        logits = super().read(rows, input_ids, asked, level)
+        logits, exponents = super().read(rows, input_ids, asked, level)
         if self.largest_error is not None:
             self._last_pass = rows, input_ids.clone(), asked, level, logits.clone()
-        return logits
+        return logits, exponents
 
     def cache_logit_error(self) -> torch.Tensor | None:
         self._measure(torch.ones_like(self.block, dtype=torch.bool))

@@ -3,7 +3,7 @@
 from typing import Any
 
 from .configuration import DIFFUSION_FIELDS, EFFECTIVE_FIELDS, DiffusionGenerationConfig
-from .strategies import SEMI_AUTOREGRESSIVE
+from .strategies import LEARNED_ORDERS, SEMI_AUTOREGRESSIVE
 from .strategies.filling import Strategy
 
 
@@ -45,6 +45,9 @@ def check_compatible(model: Any, strategy: Strategy, config: DiffusionGeneration
                 f"`block_length` ({config.block_length}) must be the model's own `block_size` ({block_size}). Leave it "
                 "out."
             )
+    if model.learns_order and strategy.name in LEARNED_ORDERS and config.learned_order is not False:
+        reason = f"{name} needs all positions in every pass to say in which order they are revealed"
+        _refuse(config, ("approximate_cache",), reason)
     if (config.remasking is None) != (config.remasking_strength is None):
         raise ValueError(
             f"`remasking` ({config.remasking!r}) and `remasking_strength` ({config.remasking_strength!r}) go together: "
@@ -56,7 +59,15 @@ def check_compatible(model: Any, strategy: Strategy, config: DiffusionGeneration
 
 REFERENCE_FIELDS = {
     *("reference_sampler", "strategy", "block_strategy", "block_length", "sliding_window", "max_denoising_steps"),
-    *("max_length", "max_new_tokens", "num_return_sequences", "return_dict_in_generate", "pad_token_id", "use_cache"),
+    *(
+        "learned_order",
+        "max_length",
+        "max_new_tokens",
+        "num_return_sequences",
+        "return_dict_in_generate",
+        "pad_token_id",
+        "use_cache",
+    ),
 }
 """Fields that the reference's samplers act on, or whose defaults say what they do."""
 

@@ -15,6 +15,7 @@ DIFFUSION_FIELDS: dict[str, Any] = {
     "max_denoising_steps": None,
     "confidence_threshold": None,
     "entropy_bound": None,
+    "learned_order": None,
     "remasking": None,
     "remasking_strength": None,
     "sliding_window": False,
@@ -52,6 +53,8 @@ class DiffusionGenerationConfig(GenerationConfig):
             - `"confidence"`, `"margin"`, `"entropy"`: the positions first where the most likely token has the highest
               probability, leads by the most, or the entropy is lowest; one per pass, or all positions spread over
               `max_denoising_steps` passes.
+            - `"velocity"`: for models that have learned an order (LoMDM), the position first that is revealed at the
+              highest rate.
         num_streams (`int`, *optional*): with `"strided"`, number S of streams that are written in parallel.
         block_length (`int`, *optional*): with `"semi_autoregressive"`, number of positions in a block.
         block_strategy (`str`, *optional*): with `"semi_autoregressive"`, how a block is filled: `"spread"` (positions
@@ -62,6 +65,9 @@ class DiffusionGenerationConfig(GenerationConfig):
             a higher probability than this together (Fast-dLLM, arXiv 2505.22618).
         entropy_bound (`float`, *optional*): with `"entropy"`, keep the positions of lowest entropy together whose
             entropies but for the highest one sum to at most this, in nats (EB-sampler, arXiv 2505.24857).
+        learned_order (`bool`, *optional*): with `"ancestral"` and `"first_hitting"` on a model that has learned an
+            order (LoMDM): False reveals positions in random order, as MDLM does. On by default, which makes of them
+            the samplers with rates e(i)/t, and position by position in proportion to e(i).
         remasking (`"cap"` or `"rescale"`, *optional*): with `"ancestral"`, take drawn tokens back with the probability
             that ReMDM (arXiv 2503.00307) calls by that name.
         remasking_strength (`float`, *optional*): eta of `remasking`, in (0, 1].

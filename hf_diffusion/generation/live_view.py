@@ -1,4 +1,4 @@
-"""A streamer that shows in the terminal how text fills in, at every position at once."""
+"""How text fills in, at every position at once, for the terminal: as it happens, or by colours afterwards."""
 
 import os
 import shutil
@@ -13,6 +13,8 @@ import torch
 PLACEHOLDER = "·"
 COLOURS = (36, 33, 35, 32, 34, 31, 96, 93)
 """ANSI codes, taken in turn by the streams."""
+EARLY_TO_LATE = (226, 220, 214, 208, 202, 197, 161, 125, 90, 55)
+"""Codes of 256 colours from yellow to violet, for the first to the last pass."""
 
 
 class LiveView:
@@ -79,6 +81,32 @@ class LiveView:
                 colour = COLOURS[self.stream_of[position] % len(COLOURS)]
             pieces.append((text, colour))
         return pieces
+
+
+def colour_by_step(tokenizer: Any, drawn: list[tuple[int, int]]) -> str:
+    """A text with every token in the colour of the pass it was drawn in, from yellow to violet; given ones plain.
+
+    Where the environment variable NO_COLOR is set, tokens are followed by the number of their pass in place of it.
+
+    Args:
+        drawn: every token and its pass, -1 for a given one.
+    """
+    last = max((step for _, step in drawn), default=0)
+    text, shown, tokens = "", "", []
+    for index, (token, step) in enumerate(drawn):
+        tokens.append(token)
+        decoded = tokenizer.decode(tokens)
+        if decoded.endswith("\N{REPLACEMENT CHARACTER}") and index < len(drawn) - 1:
+            continue  # part of a character, which the next token ends
+        piece, shown = decoded[len(shown) :], decoded
+        if step < 0:
+            text += piece
+        elif "NO_COLOR" in os.environ:
+            text += piece + str(step).translate(str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉"))
+        else:
+            colour = EARLY_TO_LATE[step * (len(EARLY_TO_LATE) - 1) // max(last, 1)]
+            text += f"\033[38;5;{colour}m{piece}\033[0m"
+    return text
 
 
 def wrap(pieces: list[tuple[str, int | None]], width: int) -> list[str]:

@@ -31,7 +31,7 @@ from .reader import Reader
 from .reference_generation import generate_as_reference
 from .sampling import most_likely, sample_categorical
 from .strategies import SEMI_AUTOREGRESSIVE, find_strategy
-from .strategies.filling import Canvas, Strategy
+from .strategies.filling import Canvas, Filling, Strategy
 from .streaming import StreamerFeed
 
 
@@ -45,6 +45,9 @@ class DiffusionGenerationMixin(GenerationMixin):
     # What a family says about itself.
     reads_block_index = False
     """`forward` takes `block_index`, and with it the order of the whole text before the first pass."""
+
+    learns_order = False
+    """The output of `forward` has `exponents`, which say in which order positions want to be revealed."""
 
     @property
     def has_exact_cache(self) -> bool:
@@ -73,7 +76,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         """Expected share of masked positions after 0 to `num_steps` equal steps of time, float64, from 1 to 0."""
         return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
 
-    def inputs_of_all_passes(self) -> dict[str, Any]:
+    def inputs_of_all_passes(self, filling: Filling) -> dict[str, Any]:
         """Arguments of `forward` that are the same in every pass of a generation, made once."""
         return {}
 
@@ -148,7 +151,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         if generator is not None and not isinstance(generator, torch.Generator):
             raise ValueError(f"`generator` must be a `torch.Generator`, got {type(generator).__name__}.")
         config, set_in_call = self._resolve_generation_config(generation_config, kwargs)
-        strategy = find_strategy(config)
+        strategy = find_strategy(config, self.learns_order)
         check_compatible(self, strategy, config, set_in_call)
         if config.reference_sampler is not None and streamer is not None:
             raise ValueError("`streamer` sees nothing of the reference sampler. Leave it out.")
@@ -266,10 +269,10 @@ class DiffusionGenerationMixin(GenerationMixin):
             rows = asked.any(dim=1).nonzero()[:, 0]
             if not len(rows):
                 break
-            logits = reader.read(rows, canvas, asked, step.level)
+            logits, exponents = reader.read(rows, canvas, asked, step.level)
             if self.config.mask_token_id < logits.shape[-1]:  # text never holds the sign for a position to fill
                 logits[:, self.config.mask_token_id] = -torch.inf
-            kept = filling.choose(asked, logits)
+            kept = filling.choose(asked, logits, exponents)
             scores = processors(canvas[kept.nonzero()[:, 0]], logits[kept[asked]])
             if config.do_sample:
                 canvas[kept] = sample_categorical(scores, step.uniforms[kept])

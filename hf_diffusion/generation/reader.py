@@ -33,7 +33,7 @@ class Reader:
     ) -> None:
         self.model, self.canvas, self.real = model, canvas, attention_mask.bool()
         self.context = model.config.max_position_embeddings
-        self.inputs: dict[str, Any] = model.inputs_of_all_passes()
+        self.inputs: dict[str, Any] = model.inputs_of_all_passes(filling)
         self.block_index = None
         if model.reads_block_index:
             assert filling.steps is not None
@@ -46,7 +46,7 @@ class Reader:
 
     def read(
         self, rows: torch.Tensor, input_ids: torch.Tensor, asked: torch.Tensor, level: torch.Tensor | None
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One pass.
 
         Args:
@@ -56,7 +56,8 @@ class Reader:
             level: [batch], the expected share of masked positions; the actual one if not given.
 
         Returns:
-            [asked in `rows`, vocab_size], in the order of (row, position); float32 or wider.
+            Logits [asked in `rows`, vocab_size], in the order of (row, position), float32 or wider; and, from a model
+            that has learned an order and was asked for it, the exponents [asked in `rows`] of these positions.
         """
         self.leave_out_all_but(rows)
         cache = {"past_key_values": self.cache, "use_cache": True} if self.use_cache else {}
@@ -64,8 +65,13 @@ class Reader:
         self.cache = outputs.past_key_values
         self.passes[rows] += 1
         self.nfe += 1
-        logits = outputs.logits[query_positions >= 0]
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        asks = query_positions >= 0
+        logits, exponents = outputs.logits[asks], outputs.get("exponents")
+        if exponents is not None:
+            exponents = exponents.gather(1, query_positions.clamp(min=0))[asks]
+            if not bool((exponents > 0).all()):
+                raise ValueError("`exponents` hold NaN, or are not positive: they say no order. Are the weights sound?")
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)), exponents
 
     def leave_out_all_but(self, rows: torch.Tensor) -> None:
         """Forget all other rows of the batch, which are finished."""

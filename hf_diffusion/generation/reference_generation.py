@@ -38,7 +38,8 @@ def generate_as_reference(
     }
 
     def predict(input_ids: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        return model(input_ids, sigma=sigma if time_conditioning else None, return_dict=True).logits
+        noise_level = {"sigma": sigma} if time_conditioning else {}
+        return model(input_ids, return_dict=True, **noise_level).logits
 
     if config.strategy == "ancestral":
         return sample_as_reference(predict, canvas, sampler=config.reference_sampler, **settings)

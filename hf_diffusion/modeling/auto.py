@@ -3,9 +3,11 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from .configuration_armd import ARMDConfig
+from .configuration_lomdm import LoMDMConfig
 from .configuration_mdlm import MDLMConfig
 from .configuration_mdlm_ar import MDLMARConfig
 from .modeling_armd import ARMDForMaskedDiffusion
+from .modeling_lomdm import LoMDMForMaskedDiffusion
 from .modeling_mdlm import MDLMForMaskedDiffusion
 from .modeling_mdlm_ar import MDLMARForCausalLM
 
@@ -13,6 +15,7 @@ from .modeling_mdlm_ar import MDLMARForCausalLM
 FAMILIES = (
     (ARMDConfig, ARMDForMaskedDiffusion),
     (MDLMConfig, MDLMForMaskedDiffusion),
+    (LoMDMConfig, LoMDMForMaskedDiffusion),
 )
 """(configuration, model) of every family. All Auto classes lead to a model that can `generate`."""
 

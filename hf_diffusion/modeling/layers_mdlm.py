@@ -111,7 +111,7 @@ class MDLMMLP(nn.Module):
 
 
 class PreNormLayer(GradientCheckpointingLayer):
-    """The parts of a pre-norm transformer layer; what else a layer has, and how it joins them, is its own matter."""
+    """A pre-norm transformer layer."""
 
     def __init__(self, config: Any, layer_idx: int, is_causal: bool = False) -> None:
         super().__init__()
@@ -121,6 +121,19 @@ class PreNormLayer(GradientCheckpointingLayer):
         self.mlp = MDLMMLP(config)
         self.dropout = nn.Dropout(config.residual_dropout)
 
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: Any,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        past_key_values: Any = None,
+    ) -> torch.Tensor:
+        attended = self.self_attn(
+            self.input_layernorm(hidden_states), attention_mask, rotary, past_key_values=past_key_values
+        )
+        hidden_states = hidden_states + self.dropout(attended)
+        return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+
 
 class MDLMLayer(PreNormLayer):
     """A pre-norm layer whose norms are shifted and scaled, and whose outputs are gated, by `modulation`."""
@@ -129,7 +142,7 @@ class MDLMLayer(PreNormLayer):
         super().__init__(config, layer_idx)
         self.modulation = linear_with_std(config.conditioning_size, 6 * config.hidden_size, std=0.0, bias=True)
 
-    def forward(
+    def forward(  # type: ignore[override]  # the noise level comes in
         self,
         hidden_states: torch.Tensor,
         attention_mask: Any,

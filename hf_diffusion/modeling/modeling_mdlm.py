@@ -17,6 +17,7 @@ from ..diffusion.canvas import read_labels
 from ..diffusion.masking import NoisedText, draw_noised_text
 from ..generation.configuration import DiffusionGenerationConfig
 from ..generation.mixin import DiffusionGenerationMixin
+from ..generation.strategies.filling import Filling
 from .approximate_cache_mdlm import ApproximateMDLMCache, rows_not_kept
 from .blocks_mdlm import next_rows, two_copies
 from .cache_mdlm import MDLMCache
@@ -208,7 +209,7 @@ class MDLMForMaskedDiffusion(PublishedModelWithHead, DiffusionGenerationMixin):
         levels[-1] = 0.0  # some schedules mask tokens at time 0 already; the last step reveals them too
         return levels
 
-    def inputs_of_all_passes(self) -> dict[str, Any]:
+    def inputs_of_all_passes(self, filling: Filling) -> dict[str, Any]:
         return {} if self.config.time_conditioning else {"modulations": self.model.modulations()}
 
     def inputs_at_level(self, level: torch.Tensor) -> dict[str, Any]:

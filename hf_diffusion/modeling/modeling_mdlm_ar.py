@@ -4,8 +4,6 @@ An ordinary causal model, here so that the published comparison can be made with
 n + 1, and text comes from transformers' own `generate`.
 """
 
-from typing import Any
-
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
@@ -21,26 +19,6 @@ from .loss import chunked_cross_entropy
 from .published_mdlm import PublishedModel, PublishedModelWithHead, register_published_layout
 
 
-class MDLMARLayer(PreNormLayer):
-    """A pre-norm layer, causal."""
-
-    def __init__(self, config: MDLMARConfig, layer_idx: int) -> None:
-        super().__init__(config, layer_idx, is_causal=True)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: Any,
-        rotary: tuple[torch.Tensor, torch.Tensor],
-        past_key_values: Any = None,
-    ) -> torch.Tensor:
-        attended = self.self_attn(
-            self.input_layernorm(hidden_states), attention_mask, rotary, past_key_values=past_key_values
-        )
-        hidden_states = hidden_states + self.dropout(attended)
-        return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
-
-
 class MDLMARModel(PublishedModel):
     """The network without its head: one hidden state per position."""
 
@@ -49,7 +27,8 @@ class MDLMARModel(PublishedModel):
     def __init__(self, config: MDLMARConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList([MDLMARLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
+        layers = range(config.num_hidden_layers)
+        self.layers = nn.ModuleList([PreNormLayer(config, layer_idx, is_causal=True) for layer_idx in layers])
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=False)
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.gradient_checkpointing = False

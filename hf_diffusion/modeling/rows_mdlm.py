@@ -43,14 +43,15 @@ class Rows:
         return everyone, _mask(answering, self.key_stage, config, like)
 
 
-def places_in_text(input_ids: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+def places_in_text(like: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
     """Long [batch or 1, length]: how many tokens of the text stand before each position (at padding, any number).
 
     Args:
+        like: [batch, length, ...], gives length and device.
         real: bool [batch, length], False at padding; None for no padding.
     """
     if real is None:
-        return torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        return torch.arange(like.shape[1], device=like.device)[None]
     return (real.cumsum(dim=1) - 1).clamp(min=0)
 
 

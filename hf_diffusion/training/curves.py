@@ -1,10 +1,12 @@
-"""The losses of a training run as a picture."""
+"""A training run as pictures, kept up to date while it goes on."""
 
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
+
+from .diagnostics import plot_diagnostics
 
 
 logger = logging.get_logger(__name__)
@@ -45,7 +47,10 @@ def plot_losses(log_history: list[dict[str, Any]], path: Path, phases: dict[str,
 
 
 class LossCurveCallback(TrainerCallback):
-    """Keeps `loss.png` in the output folder up to date, at every evaluation and at the end of training."""
+    """Keeps `loss.png` in the output folder up to date, at every evaluation and at the end of training.
+
+    And `diagnostics.png`, if the model says anything about itself.
+    """
 
     def __init__(self, phases: dict[str, int] | None = None) -> None:
         self.phases = phases
@@ -62,6 +67,8 @@ class LossCurveCallback(TrainerCallback):
         if not state.is_world_process_zero or not state.log_history:
             return
         try:
-            plot_losses(state.log_history, Path(str(args.output_dir)) / "loss.png", self.phases)
+            folder = Path(str(args.output_dir))
+            plot_losses(state.log_history, folder / "loss.png", self.phases)
+            plot_diagnostics(state.log_history, folder / "diagnostics.png")
         except ModuleNotFoundError:
             logger.warning_once("No loss curves: matplotlib is not installed (`pip install hf-diffusion[train]`).")

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch.utils.data import ConcatDataset
-from transformers import AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
+from transformers import AutoTokenizer, PreTrainedModel, TrainingArguments
 
 from .curves import LossCurveCallback
 from .data import MASK, TokenTexts, load_text, tokenize, train_tokenizer
+from .diagnostics import DiagnosticTrainer
 from .ema import EMACallback
 from .recipe import TrainingRecipe
 
@@ -51,7 +52,7 @@ def train(recipe: TrainingRecipe) -> dict[str, Any]:
     model = recipe.build_model(tokenizer)
     ema = EMACallback(recipe.ema_decay)
     collator = recipe.collator(tokenizer)
-    trainer = Trainer(
+    trainer = DiagnosticTrainer(
         model=model,
         args=arguments,
         data_collator=collator,

@@ -10,7 +10,13 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenize
 
 from hf_diffusion import MDLMForMaskedDiffusion
 from hf_diffusion.cli import main
-from hf_diffusion.conversion import CheckpointError, convert_mdlm_checkpoint, load_mdlm_checkpoint, read_checkpoint
+from hf_diffusion.conversion import (
+    CheckpointError,
+    convert_mdlm_checkpoint,
+    load_lomdm_checkpoint,
+    load_mdlm_checkpoint,
+    read_checkpoint,
+)
 from hf_diffusion.conversion.checkpoint_reader import to_plain
 from hf_diffusion.diffusion.masking import NoisedText
 
@@ -166,7 +172,7 @@ class TestSpoiltFiles:
             (lambda c: c["ema"]["shadow_params"].pop(), "29 averaged weights .`ema`. for 30 parameters"),
             (
                 lambda c: c["ema"]["shadow_params"].reverse(),
-                "averaged weight .* of `vocab_embed.embedding` has the shape",
+                "averaged weight .* of `backbone.vocab_embed.embedding` has the shape",
             ),
             (lambda c: c["state_dict"].pop("backbone.blocks.0.norm1.weight"), "it lacks `blocks.0.norm1.weight`"),
             (
@@ -176,7 +182,7 @@ class TestSpoiltFiles:
             (add("state_dict", **{"backbone.gate": torch.ones(1)}), "holds `gate` besides"),
             (
                 add("state_dict", **{"head.weight": torch.ones(1)}),
-                "holds `head.weight`, where .* begin with 'backbone.'",
+                "holds `head.weight` besides the network of MDLM.*`hf-diffusion convert lomdm`",
             ),
             (
                 add("state_dict", **{"backbone.blocks.1.mlp.2.weight": torch.ones(32, 64)}),
@@ -186,8 +192,19 @@ class TestSpoiltFiles:
                 add("state_dict", **{"backbone.rotary_emb.inv_freq": torch.ones(8)}),
                 "rotary frequencies .* are not those of 2 heads in a width of 32",
             ),
+            (
+                add("state_dict", **{"backbone.rotary_emb.inv_freq": torch.ones(100)}),
+                "its 100 rotary frequencies .* do not fit a width of 32",
+            ),
+            (add("state_dict", **{"backbone.rotary_emb.inv_freq": torch.ones(0)}), "its 0 rotary frequencies"),
+            (
+                add("state_dict", **{"backbone.rotary_emb.inv_freq": 10000.0 ** -(torch.arange(8) / 8) + 0j}),
+                "rotary frequencies .* are not those of 2 heads",
+            ),
             (config("model", n_blocks=3), "its hyper-parameters say `n_blocks` 3, but its weights 2"),
             (config("noise", type="secret"), "it does not say `noise_schedule`"),
+            (config("noise", type=["loglinear"]), "it does not say `noise_schedule`"),
+            (config(parameterization=["subs"]), "it is of the parametrisation .'subs'., which is not supported"),
             (
                 lambda c: c["hyper_parameters"]["config"].update(
                     time_conditioning=True, training={"change_of_variables": True}
@@ -211,22 +228,70 @@ class TestSpoiltFiles:
         with pytest.raises(CheckpointError, match=f"saved.ckpt: .*{message}"):
             load(checkpoint, mask_token_id=31)
 
+    @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+    def test_numbers_that_are_not_finite(self, checkpoint, load, number):
+        names = [name for name in checkpoint["state_dict"] if not name.endswith("inv_freq")]
+        bias = "backbone.output_layer.linear.bias"
+        averaged = checkpoint["ema"]["shadow_params"][names.index(bias)]
+        averaged[3] = number
+        message = f"saved.ckpt: its averaged weight .`ema`. of `{bias}` holds NaN or infinity. .*`use_ema=False`"
+        with pytest.raises(CheckpointError, match=message):
+            load(checkpoint, mask_token_id=31)
+        assert load(checkpoint, use_ema=False, mask_token_id=31).info.weights == "raw"
+        checkpoint["state_dict"][bias][:2] = torch.tensor([number, -number])
+        for use_ema in (True, False):
+            with pytest.raises(CheckpointError, match=f"saved.ckpt: its raw weight `{bias}` holds NaN or infinity"):
+                load(checkpoint, use_ema=use_ema, mask_token_id=31)
+
+    @pytest.mark.parametrize("dtype", [torch.complex64, torch.int32])
+    def test_numbers_that_are_not_real(self, checkpoint, load, dtype):
+        name = "backbone.vocab_embed.embedding"
+        averaged = checkpoint["ema"]["shadow_params"]
+        averaged[0] = averaged[0].to(dtype)
+        with pytest.raises(CheckpointError, match=f"averaged weight .`ema`. of `{name}` has the dtype {dtype}"):
+            load(checkpoint, mask_token_id=31)
+        checkpoint["state_dict"][name] = checkpoint["state_dict"][name].to(dtype)
+        with pytest.raises(CheckpointError, match=f"raw weight `{name}` has the dtype {dtype}"):
+            load(checkpoint, use_ema=False, mask_token_id=31)
+
+    def test_a_flipped_bit(self, golden, tmp_path):
+        content = bytearray((golden / "subs/ref.ckpt").read_bytes())
+        weights = read_checkpoint(golden / "subs/ref.ckpt")["ema"]["shadow_params"][0].numpy().tobytes()
+        content[content.index(weights) + 100] ^= 1
+        (tmp_path / "saved.ckpt").write_bytes(content)
+        with pytest.raises(CheckpointError, match="saved.ckpt: its record 'archive/data/.*' is damaged"):
+            load_mdlm_checkpoint(tmp_path / "saved.ckpt")
+
     def test_the_sedd_repository(self, load):
         with pytest.raises(CheckpointError, match="it is a SEDD model"):
             load({"model": {"vocab_embed.embedding": torch.ones(2, 2)}, "ema": {}, "step": 1})
 
     @pytest.mark.parametrize(
-        ("model_type", "message"),
+        ("config", "message"),
         [
-            ("mdlm", "loads as it is"),
-            ("bd3lm", "is a block diffusion model"),
-            ("EsoLM", "an Eso-LM"),
-            ("gpt2", "folder"),
+            ({"model_type": "mdlm"}, "loads as it is. Use AutoModel.from_pretrained"),
+            ({"model_type": "lomdm"}, "loads as it is. Use AutoModel.from_pretrained"),
+            ({"model_type": "bd3lm"}, "is a block diffusion model"),
+            ({"model_type": "EsoLM"}, "an Eso-LM"),
+            ({"model_type": "gpt2"}, "names the `model_type` 'gpt2', .* Name a checkpoint file"),
+            ({"tokens": 50257, "graph": {"type": "absorb"}, "noise": {"type": "loglinear"}}, "is a SEDD model"),
+            ({"hidden_size": 768}, "names no `model_type`, so it is not of MDLM. Name a checkpoint file"),
+            (None, "a folder. Name the checkpoint file in it"),
         ],
     )
-    def test_a_folder_is_no_checkpoint(self, tmp_path, model_type, message):
-        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
-        with pytest.raises(CheckpointError, match=message):
+    def test_a_folder_is_no_checkpoint(self, tmp_path, config, message):
+        if config is not None:
+            (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(CheckpointError, match=f"{tmp_path} .*{message}"):
+            load_mdlm_checkpoint(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [(b'{"model_type": ', "is not JSON"), (b"\xff\xfe\xfd", "is not JSON"), (b"[1]", "holds a list, not a config")],
+    )
+    def test_a_folder_with_a_broken_configuration(self, tmp_path, content, message):
+        (tmp_path / "config.json").write_bytes(content)
+        with pytest.raises(CheckpointError, match=f"config.json {message}.* Name a checkpoint file"):
             load_mdlm_checkpoint(tmp_path)
 
     def test_a_setting_that_there_is_not(self, golden):
@@ -240,6 +305,22 @@ class TestSpoiltFiles:
             load_mdlm_checkpoint(golden / "subs/ref.ckpt", n_heads=4)
         with pytest.raises(CheckpointError, match="do not make a configuration: .*`mask_token_id`"):
             load_mdlm_checkpoint(golden / "subs/ref.ckpt", mask_token_id=99)
+
+    @pytest.mark.parametrize(
+        ("heads", "message"), [(0, "must be at least 1, got 0"), (3, ""), ("a", "expected int, got str")]
+    )
+    def test_heads_that_are_none(self, golden, heads, message):
+        with pytest.raises(
+            CheckpointError,
+            match=f"(?s)ref.ckpt: its settings do not make a configuration: .*`?num_attention_heads.*{message}",
+        ):
+            load_mdlm_checkpoint(golden / "subs/ref.ckpt", num_attention_heads=heads)
+
+    @pytest.mark.parametrize("load", [load_mdlm_checkpoint, load_lomdm_checkpoint])
+    @pytest.mark.parametrize("use_ema", ["raw", 0, None])
+    def test_which_weights_is_yes_or_no(self, tmp_path, load, use_ema):
+        with pytest.raises(ValueError, match=f"`use_ema` must be True .* or False .*, got {use_ema!r}"):
+            load(tmp_path / "not there", use_ema)
 
 
 class TestConvert:

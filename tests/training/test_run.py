@@ -33,11 +33,13 @@ OWN = {
     "armd": {"max_shuffled": 8},
     "mdlm": {"validation_draws": 4},
     "mdlm_blocks": {"family": "mdlm", "validation_draws": 4, "block_size": 5},
+    "lomdm": {"validation_draws": 4},
     "llama": {},
 }
 EVALUATIONS = {
     "armd": ["left_to_right", "2_streams", "4_streams", "8_streams"],
     "mdlm": ["bound"],
+    "lomdm": ["bound"],
     "mdlm_blocks": ["bound"],
     "llama": ["left_to_right"],
 }
@@ -219,7 +221,7 @@ def test_two_processes_get_the_loss_of_one(family, learning_rate, text, tmp_path
     ("given", "message"),
     [
         (["--steps", "0"], "`steps` must be at least 1"),
-        (["--family", "gpt"], "`family` must be one of armd, mdlm, llama, got 'gpt'"),
+        (["--family", "gpt"], "`family` must be one of armd, mdlm, lomdm, llama, got 'gpt'"),
         (["--max-shuffled", "0"], "`max_shuffled` must be at least 1"),
         (["--validation-fraction", "1"], "`validation_fraction` must be between 0 and 1"),
         (["--text", "nowhere.txt"], "'nowhere.txt' is not a file"),
@@ -227,12 +229,17 @@ def test_two_processes_get_the_loss_of_one(family, learning_rate, text, tmp_path
         (["--num-attention-heads", "3"], "`hidden_size` (256) must be an even multiple of `num_attention_heads` (3)"),
         (["--hidden-size", "0"], "`hidden_size` must be at least 1, got 0"),
         (["--tokenizer", "gpt2", "--vocab-size", "300"], "`vocab_size` (300) has no effect with `tokenizer`='gpt2'"),
+        (["--family", "lomdm", "--c2", "0.7"], "`c2` (0.7) must be at least 0 and less than `c1` (0.7)"),
+        (["--family", "lomdm", "--bound-estimator", "elbo"], "bound_estimator"),
         (["--text-length", "4"], "`text_length` must be at least the most streams validated (8)"),
         (["--vocab-size", "100"], "`vocab_size` must be at least 258"),
         (["--family", "mdlm", "--validation-draws", "1"], "`validation_draws` must be at least 2"),
         (["--family", "mdlm", "--block-size", "0"], "`block_size` must be 1 to `text_length` (256)"),
         (["--family", "mdlm", "--block-size", "257"], "`block_size` must be 1 to `text_length` (256)"),
-        (["--validation-draws", "4"], "`validation_draws` (4) has no effect with `family`='armd'; it is for mdlm."),
+        (
+            ["--validation-draws", "4"],
+            "`validation_draws` (4) has no effect with `family`='armd'; it is for mdlm and lomdm.",
+        ),
         (["--family", "mdlm", "--no-left-neighbour"], "`left_neighbour` (False) has no effect with `family`='mdlm'"),
         (
             ["--family", "llama", "--num-streams", "1", "2"],
@@ -245,22 +252,9 @@ def test_two_processes_get_the_loss_of_one(family, learning_rate, text, tmp_path
         ),
     ],
     ids=[
-        *(
-            "steps",
-            "family",
-            "rho",
-            "fraction",
-            "text",
-            "warm-up",
-            "heads",
-            "width",
-            "two-vocabularies",
-            "length",
-            "vocabulary",
-            "draws",
-            "no-block",
-        ),
-        *("long-block", "of-mdlm", "switch-of-armd", "several-of-armd", "validation-text", "two-validations"),
+        *("steps", "family", "rho", "fraction", "text", "warm-up", "heads", "width", "two-sizes", "c2", "estimator"),
+        *("length", "vocabulary", "draws", "no-block", "long-block", "of-mdlm", "switch-of-armd", "several-of-armd"),
+        *("validation-text", "two-validations"),
     ],
 )
 def test_wrong_flags_are_refused_and_nothing_is_written(given, message, text, tmp_path, capsys):

@@ -9,10 +9,10 @@ from collections.abc import Callable
 import torch
 
 from ..configuration import DiffusionGenerationConfig
-from .filling import Canvas, Filling, Pass, Strategy
+from .filling import BlockwiseFilling, Canvas, Pass, Strategy
 
 
-class AdaptiveFilling(Filling):
+class AdaptiveFilling(BlockwiseFilling):
     """
     In every pass all masked positions of the block are predicted, and those of the highest score kept: as many as it
     takes to finish the block within `max_denoising_steps` passes (one, if that is not given), or more where
@@ -31,20 +31,17 @@ class AdaptiveFilling(Filling):
         score: Callable[[torch.Tensor], torch.Tensor],
         enough: Callable[[torch.Tensor], torch.Tensor] | None,
     ) -> None:
-        self.block, self.uniforms = canvas.block, canvas.uniforms[:, 0]
+        super().__init__(canvas)
         self.score, self.enough = score, enough
         self.max_steps = config.max_denoising_steps
-        self.current_block = self.block.new_full((len(self.block),), -1)
-        self.passes_made = torch.zeros_like(self.current_block)
+        self.passes_made = torch.zeros_like(self.block[:, 0])
 
     def next_pass(self, masked: torch.Tensor) -> Pass:
-        block = torch.where(masked, self.block, torch.iinfo(self.block.dtype).max)
-        first = block.amin(dim=1)
-        self.passes_made = torch.where(first == self.current_block, self.passes_made + 1, 0)
-        self.current_block = first
-        return Pass(masked & (block == first[:, None]), self.uniforms)
+        step = super().next_pass(masked)
+        self.passes_made = torch.where(self.begins, 0, self.passes_made + 1)
+        return step
 
-    def choose(self, asked: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    def choose(self, asked: torch.Tensor, logits: torch.Tensor, exponents: torch.Tensor | None = None) -> torch.Tensor:
         scores = torch.full(asked.shape, -torch.inf, dtype=logits.dtype, device=asked.device)
         scores[asked] = self.score(logits.log_softmax(dim=-1))
         scores, order = scores.sort(dim=1, descending=True, stable=True)

@@ -50,9 +50,15 @@ class Pass:
 
 
 class Filling(ABC):
-    """One canvas being filled. `steps` [batch, length] is the pass of every position, if that is known beforehand."""
+    """One canvas being filled.
+
+    Attributes:
+        steps: [batch, length], the pass of every position, if that is known beforehand.
+        reads_exponents: `choose` needs them.
+    """
 
     steps: torch.Tensor | None = None
+    reads_exponents = False
 
     @abstractmethod
     def next_pass(self, masked: torch.Tensor) -> Pass:
@@ -61,13 +67,37 @@ class Filling(ABC):
             masked: bool [batch, length], what is still to be filled.
         """
 
-    def choose(self, asked: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Which of the positions `asked` [batch, length] (bool) are kept, given their `logits` [asked, vocab_size]."""
+    def choose(self, asked: torch.Tensor, logits: torch.Tensor, exponents: torch.Tensor | None = None) -> torch.Tensor:
+        """Which of the positions `asked` [batch, length] (bool) are kept.
+
+        Args:
+            logits: [asked, vocab_size], of these positions.
+            exponents: [asked], from a model that has learned an order.
+        """
         return asked
 
     def unsettled(self, masked: torch.Tensor) -> torch.Tensor:
         """Positions whose token may still change, of which `masked` ones are some; bool [batch, length]."""
         return masked
+
+
+class BlockwiseFilling(Filling):
+    """Asks for all masked positions of the first block that is not finished, and chooses among the answers.
+
+    Attributes:
+        block: long [batch, length], of the canvas.
+        begins: bool [batch], rows whose current block is not that of the pass before.
+    """
+
+    def __init__(self, canvas: Canvas) -> None:
+        self.block, self.uniforms = canvas.block, canvas.uniforms[:, 0]
+        self._current = self.block.new_full((len(self.block),), -1)
+        self.begins = torch.ones_like(self._current, dtype=torch.bool)
+
+    def next_pass(self, masked: torch.Tensor) -> Pass:
+        first = torch.where(masked, self.block, torch.iinfo(self.block.dtype).max).amin(dim=1)
+        self.begins, self._current = first != self._current, first
+        return Pass(masked & (self.block == first[:, None]), self.uniforms)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from ..recipe import TrainingRecipe
 from .armd import ARMDRecipe
 from .llama import LlamaRecipe
+from .lomdm import LoMDMRecipe
 from .mdlm import MDLMRecipe
 
 
@@ -11,8 +12,9 @@ FAMILIES: dict[str, type[TrainingRecipe]] = {
     for recipe in (
         ARMDRecipe,
         MDLMRecipe,
+        LoMDMRecipe,
         LlamaRecipe,
     )
 }
 
-__all__ = ["FAMILIES", "ARMDRecipe", "LlamaRecipe", "MDLMRecipe"]
+__all__ = ["FAMILIES", "ARMDRecipe", "LlamaRecipe", "LoMDMRecipe", "MDLMRecipe"]

@@ -34,11 +34,7 @@ class MDLMRecipe(TrainingRecipe):
                 f"`block_size` must be 1 to `text_length` ({self.text_length}), the tokens in a training text, got "
                 f"{self.block_size}. Leave it out for a text without blocks."
             )
-        if self.validation_draws < 2:
-            raise ValueError(
-                f"`validation_draws` must be at least 2, got {self.validation_draws}: the standard error comes from "
-                "how much they differ."
-            )
+        check_validation_draws(self.validation_draws)
 
     def build_model(self, tokenizer: Any) -> PreTrainedModel:
         return MDLMForMaskedDiffusion(
@@ -67,6 +63,14 @@ class MDLMRecipe(TrainingRecipe):
 
     def callbacks(self, collator: Collator) -> list[TrainerCallback]:
         return [SeparateSeedsCallback()]
+
+
+def check_validation_draws(validation_draws: int) -> None:
+    if validation_draws < 2:
+        raise ValueError(
+            f"`validation_draws` must be at least 2, got {validation_draws}: the standard error comes from how much "
+            "they differ."
+        )
 
 
 class MaskedTexts(Dataset):
