@@ -76,7 +76,7 @@ def everywhere(probability):
 
 def one_of(weight):
     """Transitions that each reveal one masked position, in proportion to its `weight` [canvases, positions]."""
-    weight = weight * MASKED
+    weight = weight.double() * MASKED
 
     def mixture(predicted):
         total_weight = weight.sum(-1, keepdim=True)
