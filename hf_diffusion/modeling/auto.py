@@ -17,7 +17,7 @@ FAMILIES = (
     (MDLMConfig, MDLMForMaskedDiffusion),
     (LoMDMConfig, LoMDMForMaskedDiffusion),
 )
-"""(configuration, model) of every family. All Auto classes lead to a model that can `generate`."""
+"""(configuration, model) of every family: what `AutoModel` and `AutoModelForMaskedLM` lead to, and can `generate`."""
 
 CAUSAL_BASELINES = ((MDLMARConfig, MDLMARForCausalLM),)
 """(configuration, model) of ordinary causal models that a family is compared with."""
