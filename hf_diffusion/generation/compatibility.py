@@ -59,15 +59,8 @@ def check_compatible(model: Any, strategy: Strategy, config: DiffusionGeneration
 
 REFERENCE_FIELDS = {
     *("reference_sampler", "strategy", "block_strategy", "block_length", "sliding_window", "max_denoising_steps"),
-    *(
-        "learned_order",
-        "max_length",
-        "max_new_tokens",
-        "num_return_sequences",
-        "return_dict_in_generate",
-        "pad_token_id",
-        "use_cache",
-    ),
+    *("learned_order", "max_length", "max_new_tokens", "num_return_sequences", "return_dict_in_generate"),
+    *("pad_token_id", "use_cache"),
 }
 """Fields that the reference's samplers act on, or whose defaults say what they do."""
 

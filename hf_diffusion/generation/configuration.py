@@ -125,7 +125,7 @@ class DiffusionGenerationConfig(GenerationConfig):
         if self.remasking_strength == 0:
             raise ValueError("`remasking_strength` is 0, which takes nothing back. Raise it, or leave `remasking` out.")
         for name in ("sliding_window", "approximate_cache", "learned_order"):
-            value = getattr(self, name, None)
+            value = getattr(self, name)
             if value is not None and not isinstance(value, bool):
                 raise ValueError(f"`{name}` must be True or False, got {value!r}.")
         for name in ("top_p", "min_p", "typical_p"):
@@ -169,15 +169,15 @@ def as_list(token_ids: int | list[int] | None) -> list[int]:
 SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
-def check_together(kwargs: dict[str, Any]) -> None:
+def check_together(settings: dict[str, Any]) -> None:
     """Raise ValueError for arguments of one call that cannot both have their effect."""
-    if kwargs.get("max_length") is not None and kwargs.get("max_new_tokens") is not None:
+    if settings.get("max_length") is not None and settings.get("max_new_tokens") is not None:
         raise ValueError("`max_length` and `max_new_tokens` say the same thing in two ways: pass one of them.")
-    if kwargs.get("do_sample") is False:
+    if settings.get("do_sample") is False:
         for name in SAMPLING_FIELDS:
-            if kwargs.get(name) is not None:
+            if settings.get(name) is not None:
                 raise ValueError(
-                    f"`{name}`={kwargs[name]!r} has no effect with `do_sample=False`: the most likely token is taken."
+                    f"`{name}`={settings[name]!r} has no effect with `do_sample=False`: the most likely token is taken."
                 )
 
 

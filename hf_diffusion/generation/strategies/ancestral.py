@@ -17,8 +17,8 @@ from .remasking import RemaskingFilling, num_planes
 def begin(config: DiffusionGenerationConfig, canvas: Canvas) -> Filling:
     if config.remasking is not None:
         return RemaskingFilling(config, canvas)
-    levels = canvas.mask_levels(config.max_denoising_steps).flip(0)
     uniforms = canvas.uniforms[:, 1].contiguous()
+    levels = canvas.mask_levels(config.max_denoising_steps).flip(0).to(uniforms.device)
     above = torch.searchsorted(levels, uniforms, right=True).clamp(max=len(levels) - 1)
     return PlannedFilling(canvas, keys=-above, level=levels[above])
 
