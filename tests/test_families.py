@@ -287,7 +287,8 @@ class TestGenerate:
         sizes_together, sizes[:] = list(sizes), []
         generator = arguments.pop("generator").manual_seed(3)
         alone = [model.generate(row, generator=generator, **arguments) for row in text(20, 3).split(1)]
-        assert torch.equal(sequences, torch.cat(alone))
+        for row, own in zip(sequences, alone, strict=True):  # padding in all rows is no column
+            assert torch.equal(row[: own.shape[1]], own[0])
         assert sum(sizes_together) == len(sizes) < 20 * len(sizes_together)
 
     def test_an_end_token_before_given_text_is_a_token_like_others(self, name, strategy):

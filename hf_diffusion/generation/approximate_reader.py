@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from .reader import Reader
-from .strategies.filling import Canvas, Filling
+from .reader import Reader, Reading
+from .strategies.filling import Canvas
 
 
 class ApproximateReader(Reader):
@@ -19,9 +19,9 @@ class ApproximateReader(Reader):
     """
 
     def __init__(
-        self, model: Any, canvas: Canvas, attention_mask: torch.Tensor, filling: Filling, measure: bool
+        self, model: Any, canvas: Canvas, attention_mask: torch.Tensor, inputs: dict[str, Any], measure: bool
     ) -> None:
-        super().__init__(model, canvas, attention_mask, filling, use_cache=True)
+        super().__init__(model, canvas, attention_mask, inputs, steps=None, use_cache=True)
         self.cache = self.approximate_cache = model.new_approximate_cache()
         self.block = torch.full_like(self.rows, -1)
         self.largest_error = torch.zeros(len(self.rows), device=self.rows.device) if measure else None
@@ -29,7 +29,7 @@ class ApproximateReader(Reader):
 
     def read(
         self, rows: torch.Tensor, input_ids: torch.Tensor, asked: torch.Tensor, level: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> Reading:
         block = self.canvas.block.masked_fill(~asked, -1).amax(dim=1)
         goes_on = torch.zeros_like(block, dtype=torch.bool)
         goes_on[rows] = block[rows] == self.block[rows]
@@ -37,10 +37,10 @@ class ApproximateReader(Reader):
         self.leave_out_all_but(rows)
         self.approximate_cache.renew(~goes_on[rows])
         self.block = block
-        logits, exponents = super().read(rows, input_ids, asked, level)
+        reading = super().read(rows, input_ids, asked, level)
         if self.largest_error is not None:
-            self._last_pass = rows, input_ids.clone(), asked, level, logits.clone()
-        return logits, exponents
+            self._last_pass = rows, input_ids.clone(), asked, level, reading.logits.clone()
+        return reading
 
     def cache_logit_error(self) -> torch.Tensor | None:
         self._measure(torch.ones_like(self.block, dtype=torch.bool))

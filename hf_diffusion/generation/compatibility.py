@@ -2,7 +2,10 @@
 
 from typing import Any
 
-from .configuration import DIFFUSION_FIELDS, EFFECTIVE_FIELDS, DiffusionGenerationConfig
+from transformers.generation.configuration_utils import SynthIDTextWatermarkingConfig
+
+from .configuration import DIFFUSION_FIELDS, DiffusionGenerationConfig
+from .fields import EFFECTIVE_FIELDS
 from .strategies import LEARNED_ORDERS, SEMI_AUTOREGRESSIVE
 from .strategies.filling import Strategy
 
@@ -48,6 +51,13 @@ def check_compatible(model: Any, strategy: Strategy, config: DiffusionGeneration
     if model.learns_order and strategy.name in LEARNED_ORDERS and config.learned_order is not False:
         reason = f"{name} needs all positions in every pass to say in which order they are revealed"
         _refuse(config, ("approximate_cache",), reason)
+    if config.watermarking_config is not None:
+        _check_watermark(strategy, config)
+    if is_guided(config) and block_size is not None:
+        raise ValueError(
+            f"`guidance_scale`={config.guidance_scale!r}: {name} draws blocks that are counted from the start of the "
+            "text, and a text with another beginning has others. Leave it out."
+        )
     if (config.remasking is None) != (config.remasking_strength is None):
         raise ValueError(
             f"`remasking` ({config.remasking!r}) and `remasking_strength` ({config.remasking_strength!r}) go together: "
@@ -57,10 +67,28 @@ def check_compatible(model: Any, strategy: Strategy, config: DiffusionGeneration
         _check_reference_sampler(model, config)
 
 
+def is_guided(config: DiffusionGenerationConfig) -> bool:
+    """Whether texts are read with another beginning as well."""
+    return config.guidance_scale is not None and config.guidance_scale != 1
+
+
+def _check_watermark(strategy: Strategy, config: DiffusionGenerationConfig) -> None:
+    if strategy.name != "autoregressive":
+        raise ValueError(
+            f'`watermarking_config` with `strategy="{config.strategy}"`: a watermark is found again by the tokens on '
+            'the left of each, which must be known when it is drawn. Set `strategy="autoregressive"`.'
+        )
+    if isinstance(config.watermarking_config, SynthIDTextWatermarkingConfig):
+        raise ValueError(
+            "`watermarking_config` is a SynthID watermark, which keeps a state for the whole batch, and rows that have "
+            "ended leave it here. Take `WatermarkingConfig`."
+        )
+
+
 REFERENCE_FIELDS = {
     *("reference_sampler", "strategy", "block_strategy", "block_length", "sliding_window", "max_denoising_steps"),
     *("learned_order", "max_length", "max_new_tokens", "num_return_sequences", "return_dict_in_generate"),
-    *("pad_token_id", "use_cache"),
+    *("pad_token_id", "bos_token_id", "use_cache"),
 }
 """Fields that the reference's samplers act on, or whose defaults say what they do."""
 

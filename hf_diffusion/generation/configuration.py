@@ -22,14 +22,10 @@ DIFFUSION_FIELDS: dict[str, Any] = {
     "approximate_cache": False,
     "reference_sampler": None,
 }
-EFFECTIVE_FIELDS = {
-    *DIFFUSION_FIELDS,
-    *("max_length", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p"),
-    *("epsilon_cutoff", "eta_cutoff", "suppress_tokens", "num_return_sequences", "use_cache"),
-    *("return_dict_in_generate", "eos_token_id", "pad_token_id"),
-}
-"""Fields of the generation config that `generate` acts on. Any other is refused if it is not at its default."""
-LENGTHS = {"max_length", "max_new_tokens"}
+TOKEN_FIELDS = (
+    *("eos_token_id", "bos_token_id", "pad_token_id", "forced_eos_token_id"),
+    *("suppress_tokens", "begin_suppress_tokens"),
+)
 CHOICES = {"remasking": ("cap", "rescale"), "reference_sampler": ("ddpm", "ddpm_cache", "analytic")}
 
 
@@ -132,9 +128,18 @@ class DiffusionGenerationConfig(GenerationConfig):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"`{name}` must lie between 0 and 1, got {value!r}.")
-        for token_id in as_list(self.eos_token_id):
-            if not isinstance(token_id, int):
-                raise ValueError(f"`eos_token_id` must be an integer or a list of integers, got {self.eos_token_id!r}.")
+        for name in ("min_length", "min_new_tokens", "no_repeat_ngram_size"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+                raise ValueError(f"`{name}` must be an integer, at least 0, got {value!r}.")
+        for name in ("max_time", "repetition_penalty"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
+                raise ValueError(f"`{name}` must be a positive number, got {value!r}.")
+        for name in TOKEN_FIELDS:
+            for token_id in as_list(getattr(self, name)):
+                if not isinstance(token_id, int) or isinstance(token_id, bool):
+                    raise ValueError(f"`{name}` must be an integer or a list of integers, got {getattr(self, name)!r}.")
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value is not None and value not in choices:
@@ -147,12 +152,16 @@ def known_names() -> set[str]:
     return {*vars(GenerationConfig()), *DIFFUSION_FIELDS, *private, "transformers_version"}
 
 
-def refuse_unknown(kwargs: dict[str, Any]) -> None:
-    """Raise ValueError for the first name that no generation config has, with the nearest one that it has."""
+def refuse_unknown(kwargs: dict[str, Any], other_arguments: tuple[str, ...] = ()) -> None:
+    """Raise ValueError for the first name that no generation config has, with the nearest one that there is.
+
+    Args:
+        other_arguments: what `generate` takes besides.
+    """
     known = known_names()
     for name in kwargs:
         if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1)
+            nearest = difflib.get_close_matches(name, [*known, *other_arguments], n=1)
             hint = (
                 f" Did you mean `{nearest[0]}`?" if nearest else " See `DiffusionGenerationConfig` for what there is."
             )
@@ -164,21 +173,6 @@ def as_list(token_ids: int | list[int] | None) -> list[int]:
     if token_ids is None:
         return []
     return list(token_ids) if isinstance(token_ids, list | tuple) else [token_ids]
-
-
-SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
-
-
-def check_together(settings: dict[str, Any]) -> None:
-    """Raise ValueError for arguments of one call that cannot both have their effect."""
-    if settings.get("max_length") is not None and settings.get("max_new_tokens") is not None:
-        raise ValueError("`max_length` and `max_new_tokens` say the same thing in two ways: pass one of them.")
-    if settings.get("do_sample") is False:
-        for name in SAMPLING_FIELDS:
-            if settings.get(name) is not None:
-                raise ValueError(
-                    f"`{name}`={settings[name]!r} has no effect with `do_sample=False`: the most likely token is taken."
-                )
 
 
 __all__ = ["DiffusionGenerationConfig"]

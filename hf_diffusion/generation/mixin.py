@@ -5,7 +5,9 @@ network is asked for and which of the answers are kept; sampling draws tokens th
 whatever the family keeps between passes. Given tokens never change.
 """
 
-import copy
+import inspect
+from collections.abc import Callable
+from time import monotonic
 from typing import Any
 
 import torch
@@ -14,25 +16,22 @@ from transformers.generation import GenerationMixin
 
 from .approximate_reader import ApproximateReader
 from .blocks import lay_blocks
-from .compatibility import check_compatible
-from .configuration import (
-    DIFFUSION_FIELDS,
-    EFFECTIVE_FIELDS,
-    LENGTHS,
-    DiffusionGenerationConfig,
-    as_list,
-    check_together,
-    refuse_unknown,
-)
+from .compatibility import check_compatible, is_guided
+from .configuration import DiffusionGenerationConfig
 from .ending import Ending
+from .guidance import GuidedReader, guided_reader
 from .output import DiffusionGenerateOutput
+from .processing import Processing
 from .prompt import prepare_canvas
 from .reader import Reader
+from .recording import Recording
 from .reference_generation import generate_as_reference
 from .sampling import most_likely, sample_categorical
-from .strategies import SEMI_AUTOREGRESSIVE, find_strategy
-from .strategies.filling import Canvas, Filling, Strategy
+from .settings import settings_of_call
+from .strategies import find_strategy
+from .strategies.filling import Canvas, Filling
 from .streaming import StreamerFeed
+from .uniforms import draw_uniforms, seeds_of_rows
 
 
 class DiffusionGenerationMixin(GenerationMixin):
@@ -100,7 +99,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         generation_config: GenerationConfig | None = None,
         logits_processor: Any = None,
         stopping_criteria: Any = None,
-        prefix_allowed_tokens_fn: Any = None,
+        prefix_allowed_tokens_fn: Callable[[int, torch.Tensor], list[int]] | None = None,
         synced_gpus: bool | None = None,
         assistant_model: Any = None,
         streamer: Any = None,
@@ -108,6 +107,8 @@ class DiffusionGenerationMixin(GenerationMixin):
         negative_prompt_attention_mask: torch.Tensor | None = None,
         custom_generate: Any = None,
         generator: torch.Generator | None = None,
+        seed: int | list[int] | None = None,
+        tokenizer: Any = None,
         **kwargs: Any,
     ) -> torch.Tensor | DiffusionGenerateOutput:
         r"""
@@ -117,184 +118,204 @@ class DiffusionGenerationMixin(GenerationMixin):
             inputs: long [batch, length], the prompt; also accepted as `input_ids`. `config.mask_token_id` marks
                 positions to fill, wherever they are. None or a length of 0 generates from nothing.
             generation_config: settings; `model.generation_config` if not given.
+            logits_processor: processors of transformers, or other functions of tokens and scores. They are called for
+                one position at a time, with the tokens before it (see `Processing`).
+            stopping_criteria: criteria of transformers. They are asked from left to right as the text settles, with the
+                tokens up to a position (see `Ending`).
+            prefix_allowed_tokens_fn: maps the number of a row and the tokens before a position, long [n], to the tokens
+                that may stand there.
             streamer: is shown the text as it is drawn (see `StreamerFeed`).
+            negative_prompt_ids, negative_prompt_attention_mask: with `guidance_scale`, long [batch, length], what the
+                texts are led away from (see `guidance`); nothing, if not given.
             generator: source of randomness, on the CPU; torch's global one if not given. A generator gives the same
-                text however the rows of a batch of equal length are split over calls.
+                text however the rows of a batch are split over calls.
+            seed: in place of a generator, one integer for each text, or the first of consecutive ones. A text with a
+                seed of its own is the same alone and in any batch, up to the rounding of the network.
+            tokenizer: for `stop_strings`.
             kwargs: `attention_mask` [batch, length], 0 at padding (either side); and any field of
                 `DiffusionGenerationConfig`. `max_new_tokens` and `max_length` append masked positions.
 
         Returns:
-            Long [batch, length + appended]; a `DiffusionGenerateOutput` with `return_dict_in_generate=True`.
+            Long [batch, length + appended], without the columns that are padding in all rows; a
+            `DiffusionGenerateOutput` with `return_dict_in_generate=True`.
 
         Raises:
             ValueError: before any pass, for unknown arguments, arguments without effect, and prompts that the model
                 cannot read.
         """
         not_supported = {
-            "logits_processor": logits_processor,
-            "stopping_criteria": stopping_criteria,
-            "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn,
-            "synced_gpus": synced_gpus,
-            "assistant_model": assistant_model,
-            "negative_prompt_ids": negative_prompt_ids,
-            "negative_prompt_attention_mask": negative_prompt_attention_mask,
-            "custom_generate": custom_generate,
+            "synced_gpus": (synced_gpus, "every process makes the passes that its own texts need"),
+            "assistant_model": (assistant_model, "parallel drawing is what the strategies here do"),
+            "custom_generate": (custom_generate, "strategies are the place for other ways to draw"),
         }
-        for name, value in not_supported.items():
-            if value is not None and value is not False and value != []:
-                raise ValueError(f"`{name}` is not supported by {type(self).__name__}.generate. Leave it out.")
-
+        for name, (value, reason) in not_supported.items():
+            if value is not None and value is not False:
+                raise ValueError(
+                    f"`{name}` is not supported by {type(self).__name__}.generate: {reason}. Leave it out."
+                )
         input_ids = kwargs.pop("input_ids", None)
         if input_ids is not None and inputs is not None:
             raise ValueError("`inputs` and `input_ids` are the same thing: pass one of them.")
         attention_mask = kwargs.pop("attention_mask", None)
         if generator is not None and not isinstance(generator, torch.Generator):
             raise ValueError(f"`generator` must be a `torch.Generator`, got {type(generator).__name__}.")
-        config, set_in_call = self._resolve_generation_config(generation_config, kwargs)
+        if generator is not None and seed is not None:
+            raise ValueError("`generator` and `seed` are both sources of randomness: pass one of them.")
+        other_arguments = tuple(inspect.signature(DiffusionGenerationMixin.generate).parameters)
+        config, in_call = settings_of_call(self, generation_config, kwargs, other_arguments)
         strategy = find_strategy(config, self.learns_order)
-        check_compatible(self, strategy, config, set_in_call)
-        if config.reference_sampler is not None and streamer is not None:
-            raise ValueError("`streamer` sees nothing of the reference sampler. Leave it out.")
-        canvas, attention_mask = prepare_canvas(
-            self, input_ids if input_ids is not None else inputs, attention_mask, config
-        )
+        check_compatible(self, strategy, config, in_call)
+        if negative_prompt_ids is not None and not is_guided(config):
+            raise ValueError(
+                f"`negative_prompt_ids` has no effect without guidance (`guidance_scale`={config.guidance_scale!r}). "
+                "Set it above 1."
+            )
+        if negative_prompt_attention_mask is not None and negative_prompt_ids is None:
+            raise ValueError("`negative_prompt_attention_mask` has no effect without `negative_prompt_ids`.")
+        prompt = input_ids if input_ids is not None else inputs
+        canvas, attention_mask, num_appended = prepare_canvas(self, prompt, attention_mask, config)
+        seeds = seeds_of_rows(seed, len(canvas))
         if config.reference_sampler is not None:
+            for name, value in (
+                ("streamer", streamer),
+                ("logits_processor", logits_processor),
+                ("stopping_criteria", stopping_criteria),
+                ("prefix_allowed_tokens_fn", prefix_allowed_tokens_fn),
+            ):
+                if value is not None and value != []:
+                    raise ValueError(f"`{name}`: the reference sampler has nothing of the kind. Leave it out.")
+            if seeds is not None:
+                generator = torch.Generator().manual_seed(seeds[0])
             sequences, nfe = generate_as_reference(self, canvas, attention_mask, config, generator)
             return DiffusionGenerateOutput(sequences, nfe) if config.return_dict_in_generate else sequences
+
         to_fill = (canvas == self.config.mask_token_id) & attention_mask.bool()
         blocks = lay_blocks(self, to_fill, attention_mask, config)
-        return self._fill(canvas, attention_mask, to_fill, blocks, strategy, config, streamer, generator)
+        ending = Ending(to_fill, attention_mask.bool(), config, stopping_criteria, tokenizer)
+        processing = Processing(
+            self,
+            config,
+            to_fill,
+            attention_mask.bool(),
+            ending.too_early,
+            canvas.shape[1] - num_appended,
+            logits_processor,
+            prefix_allowed_tokens_fn,
+        )
+        uniforms = draw_uniforms(to_fill, strategy.num_planes(config), generator, seeds)
+        plan = Canvas(to_fill, blocks, uniforms, self.mask_levels)
+        filling = strategy.begin(config, plan)
+        reader = self._make_reader(
+            plan, attention_mask, filling, config, negative_prompt_ids, negative_prompt_attention_mask
+        )
+        feed = StreamerFeed(streamer, canvas, to_fill) if streamer is not None else None
+        return self._fill(canvas, to_fill, filling, reader, processing, ending, config, feed)
 
-    def _resolve_generation_config(
-        self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
-    ) -> tuple[DiffusionGenerationConfig, set[str]]:
-        """Settings of this call: `kwargs`, then `generation_config`, then the model's, then the defaults.
+    def _make_reader(
+        self,
+        plan: Canvas,
+        attention_mask: torch.Tensor,
+        filling: Filling,
+        config: DiffusionGenerationConfig,
+        negative_prompt_ids: torch.Tensor | None,
+        negative_prompt_attention_mask: torch.Tensor | None,
+    ) -> Reader | GuidedReader:
+        inputs = self.inputs_of_all_passes(filling)
+        if config.output_hidden_states:
+            inputs["output_hidden_states"] = True
+        use_cache = bool(config.use_cache) and self.has_exact_cache
 
-        And the names of those that are not the model's nor the defaults.
-        """
-        refuse_unknown(kwargs)
-        given = DiffusionGenerationConfig.from_generation_config(generation_config or DiffusionGenerationConfig())
-        config = copy.deepcopy(given)
-        settings = given.as_set()
-        if kwargs.keys() & LENGTHS:
-            settings = {name: value for name, value in settings.items() if name not in LENGTHS}
-        settings.update(kwargs)
-        check_together(settings)
-        set_in_call = set(settings)
-        inherited = self.generation_config.to_dict()
-        # What the call sets replaces what goes with the model's own setting of the same thing.
-        if "strategy" in set_in_call:
-            inherited = {name: value for name, value in inherited.items() if name not in DIFFUSION_FIELDS}
-        if set_in_call & LENGTHS:
-            inherited = {name: value for name, value in inherited.items() if name not in LENGTHS}
-        if kwargs.keys() & LENGTHS:
-            config.max_length = config.max_new_tokens = None
-        defaults = DiffusionGenerationConfig._get_default_generation_params()
-        del defaults["max_length"]  # depends on the prompt
-        config.update(**inherited, defaults_only=True)
-        config.update(**defaults, defaults_only=True)
-        config.update(**kwargs)
-        self._set_default_strategies(config)
-        for name, value in config.to_dict().items():
-            if name.startswith("_") or name in EFFECTIVE_FIELDS or value is None or value == defaults.get(name):
-                continue
-            if name == "transformers_version" or value is False:
-                continue
-            raise ValueError(
-                f"`{name}`={value!r} has no effect in {type(self).__name__}.generate, and nothing is ignored silently. "
-                "Leave it out."
-            )
-        eos_token_ids, mask_token_id = as_list(config.eos_token_id), self.config.mask_token_id
-        for token_id in eos_token_ids:
-            if not 0 <= token_id < self.config.vocab_size:
-                raise ValueError(
-                    f"`eos_token_id` must lie in the vocabulary (0 to {self.config.vocab_size - 1}), got {token_id}."
-                )
-        if mask_token_id in eos_token_ids or (eos_token_ids and config.pad_token_id == mask_token_id):
-            name = "eos_token_id" if mask_token_id in eos_token_ids else "pad_token_id"
-            raise ValueError(
-                f"`{name}` ({mask_token_id}) is the mask token, the sign for a position to fill, which is never drawn "
-                "or left in a text. Name another one."
-            )
-        if config.num_return_sequences < 1:
-            raise ValueError(f"`num_return_sequences` must be at least 1, got {config.num_return_sequences}.")
-        return config, set_in_call
+        def make_reader(plan: Canvas, attention_mask: torch.Tensor, steps: torch.Tensor | None) -> Reader:
+            if config.approximate_cache:
+                return ApproximateReader(self, plan, attention_mask, inputs, bool(config.return_dict_in_generate))
+            return Reader(self, plan, attention_mask, inputs, steps, use_cache)
 
-    def _set_default_strategies(self, config: DiffusionGenerationConfig) -> None:
-        if config.strategy is None:
-            config.strategy = self.default_strategy(config.max_denoising_steps, in_block=False)
-        if config.strategy == SEMI_AUTOREGRESSIVE:
-            if config.block_strategy is None:
-                config.block_strategy = self.default_strategy(config.max_denoising_steps, in_block=True)
-            if config.block_length is None:
-                config.block_length = self.generation_block_size
+        if not is_guided(config) or not bool(plan.to_fill.any()):
+            return make_reader(plan, attention_mask, filling.steps)
+        return guided_reader(
+            make_reader,
+            self,
+            plan,
+            attention_mask,
+            filling.steps,
+            config,
+            negative_prompt_ids,
+            negative_prompt_attention_mask,
+        )
 
     def _fill(
         self,
         canvas: torch.Tensor,
-        attention_mask: torch.Tensor,
-        to_fill: torch.Tensor,
-        blocks: torch.Tensor,
-        strategy: Strategy,
+        masked: torch.Tensor,
+        filling: Filling,
+        reader: Reader | GuidedReader,
+        processing: Processing,
+        ending: Ending,
         config: DiffusionGenerationConfig,
-        streamer: Any,
-        generator: torch.Generator | None,
+        feed: StreamerFeed | None,
     ) -> torch.Tensor | DiffusionGenerateOutput:
         """Draw the masked positions of `canvas`, pass by pass."""
-        batch_size, length = canvas.shape
-        # Uniforms belong to positions and are drawn in advance: the text does not depend on how rows are batched.
-        shape = (batch_size, strategy.num_planes(config), length)
-        uniforms = torch.rand(shape, dtype=torch.float64, generator=generator).to(canvas.device)
-        plan = Canvas(to_fill, blocks, uniforms, self.mask_levels)
-        filling = strategy.begin(config, plan)
-        reader: Reader
-        if config.approximate_cache:
-            measure = bool(config.return_dict_in_generate)
-            reader = ApproximateReader(self, plan, attention_mask, filling, measure)
-        else:
-            use_cache = bool(config.use_cache) and self.has_exact_cache
-            reader = Reader(self, plan, attention_mask, filling, use_cache)
-        processors = self._get_logits_processor(
-            generation_config=config, input_ids_seq_length=length, device=str(canvas.device)
-        )
-        ending = Ending(to_fill, attention_mask, as_list(config.eos_token_id), config.pad_token_id)
-        feed = StreamerFeed(streamer, canvas, to_fill) if streamer is not None else None
-        canvas, masked, steps = canvas.clone(), to_fill, torch.full_like(canvas, -1)
+        started, mask_token_id = monotonic(), self.config.mask_token_id
+        recording = Recording(masked, config) if config.return_dict_in_generate else None
+        canvas, passes = canvas.clone(), torch.zeros_like(canvas[:, 0])
+
+        def scores_before(column: int) -> tuple[torch.Tensor, ...] | None:
+            return None if recording is None else recording.scores_before(column)
+
         while True:
             step = filling.next_pass(masked)
             if step.remasked is not None:
-                canvas = canvas.masked_fill(step.remasked, self.config.mask_token_id)
+                canvas = canvas.masked_fill(step.remasked, mask_token_id)
                 masked = masked | step.remasked
-            asked = step.asked & ~ending.reached(canvas, filling.unsettled(masked))[:, None]
+            asked = step.asked & ~ending.ended[:, None]
             rows = asked.any(dim=1).nonzero()[:, 0]
             if not len(rows):
                 break
-            logits, exponents = reader.read(rows, canvas, asked, step.level)
-            if self.config.mask_token_id < logits.shape[-1]:  # text never holds the sign for a position to fill
-                logits[:, self.config.mask_token_id] = -torch.inf
-            kept = filling.choose(asked, logits, exponents)
-            scores = processors(canvas[kept.nonzero()[:, 0]], logits[kept[asked]])
-            if config.do_sample:
-                canvas[kept] = sample_categorical(scores, step.uniforms[kept])
-            else:
-                canvas[kept] = most_likely(scores)
-            steps = torch.where(kept, reader.passes[:, None] - 1, steps)
-            masked = masked & ~kept
+            reading = reader.read(rows, canvas, asked, step.level)
+            _exclude(mask_token_id, reading.logits)
+            drawn = filling.choose(asked, reading.logits, reading.exponents)
+            is_drawn = drawn[asked]
+            logits = reading.logits[is_drawn]
+            # A processor may write over what it is given.
+            scores = processing(canvas, masked, drawn, logits.clone() if recording is not None else logits)
+            _exclude(mask_token_id, scores)
+            tokens = sample_categorical(scores, step.uniforms[drawn]) if config.do_sample else most_likely(scores)
+            if recording is not None:
+                states = reading.hidden_states
+                states = None if states is None else tuple(layer[is_drawn] for layer in states)
+                recording.note(drawn, passes, tokens, logits, scores, states)
+            canvas[drawn] = tokens
+            masked = masked & ~drawn
+            passes[rows] += 1
+            unsettled = filling.unsettled(masked)
+            ending.update(canvas, unsettled, scores_before)
+            if config.max_time is not None and monotonic() - started > config.max_time:
+                ending.stop(unsettled)
             if feed is not None:
-                feed.step(canvas, filling.unsettled(masked))
-        canvas, generated = ending.cut(canvas)
+                after_end, width = ending.after_end(), ending.width
+                feed.step(ending.pad(canvas)[:, :width], (unsettled & ~after_end)[:, :width])
+        # What takes tokens back may know only now that nothing changes any more.
+        ending.update(canvas, torch.zeros_like(masked), scores_before)
+        sequences = ending.pad(canvas)[:, : ending.width]
         if feed is not None:
-            feed.end(canvas)
-        if not config.return_dict_in_generate:
-            return canvas
+            feed.end(sequences)
+        if recording is None:
+            return sequences
+        generated = (ending.to_fill & ~ending.after_end())[:, : ending.width]
         return DiffusionGenerateOutput(
-            sequences=canvas,
+            sequences=sequences,
             nfe=reader.nfe,
             tokens_per_forward=generated.sum(dim=1) / reader.passes.clamp(min=1),
-            steps=torch.where(generated, steps, -1),
             cache_logit_error=reader.cache_logit_error(),
-            past_key_values=reader.cache if len(reader.rows) == batch_size else None,
+            past_key_values=reader.cache if len(reader.rows) == len(canvas) else None,
+            **recording.outputs(sequences, generated),
         )
+
+
+def _exclude(token_id: int, logits: torch.Tensor) -> None:
+    """Text never holds the sign for a position to fill, which may be in the vocabulary."""
+    if token_id < logits.shape[-1]:
+        logits[:, token_id] = -torch.inf
 
 
 __all__ = ["DiffusionGenerationMixin"]

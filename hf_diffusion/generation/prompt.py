@@ -11,12 +11,13 @@ from .strategies import SEMI_AUTOREGRESSIVE
 
 def prepare_canvas(
     model: Any, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, config: DiffusionGenerationConfig
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompt and appended masks, long [batch * num_return_sequences, length], and where there is text, the same.
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Prompt and appended masks, long [batch * num_return_sequences, length]; where there is text, the same; and the
+    number of columns appended.
 
     Args:
         model: a `DiffusionGenerationMixin`.
-        input_ids: [batch, length], the prompt; None for none.
+        input_ids: [batch, length], the prompt; None for none, or for `config.bos_token_id` alone.
         attention_mask: [batch, length], 0 at padding.
 
     Raises:
@@ -24,7 +25,8 @@ def prepare_canvas(
     """
     device, mask_token_id = model.device, model.config.mask_token_id
     if input_ids is None:
-        input_ids = torch.empty(1, 0, dtype=torch.long)
+        beginning = [] if config.bos_token_id is None else [config.bos_token_id]
+        input_ids = torch.tensor([beginning], dtype=torch.long)
     if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
         raise ValueError(
             "`inputs` must be an integer tensor [batch, length], got "
@@ -56,7 +58,7 @@ def prepare_canvas(
         # Positions to fill are text too: prompt and `max_new_tokens` share the context.
         check_length(input_ids, attention_mask.bool(), model.config.max_position_embeddings)
     repeats = config.num_return_sequences
-    return input_ids.repeat_interleave(repeats, dim=0), attention_mask.repeat_interleave(repeats, dim=0)
+    return input_ids.repeat_interleave(repeats, dim=0), attention_mask.repeat_interleave(repeats, dim=0), appended
 
 
 def _num_appended(input_ids: torch.Tensor, mask_token_id: int, config: DiffusionGenerationConfig) -> int:

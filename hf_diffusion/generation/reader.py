@@ -1,12 +1,28 @@
 """The network as one call of `generate` sees it: pass after pass over the rows that are not finished yet."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
 
 from ..diffusion.orders import after_given, positions_where
-from .strategies.filling import Canvas, Filling
+from .strategies.filling import Canvas
+
+
+@dataclass
+class Reading:
+    """What a pass says of the positions that it was asked for, in the order of (row, position).
+
+    Attributes:
+        logits: [asked, vocab_size], float32 or wider.
+        exponents: [asked], from a model that has learned an order and was asked for it.
+        hidden_states: layers + 1 times [asked, hidden_size], if asked for.
+    """
+
+    logits: torch.Tensor
+    exponents: torch.Tensor | None
+    hidden_states: tuple[torch.Tensor, ...] | None
 
 
 class Reader:
@@ -19,7 +35,8 @@ class Reader:
         model: a `DiffusionGenerationMixin`.
         canvas: what is being filled.
         attention_mask: [batch, length], 0 at padding.
-        filling: knows the order beforehand, if the model must (`reads_block_index`).
+        inputs: arguments of the model's `forward` that are the same in every pass.
+        steps: [batch, length], the pass of every position, for models that must know (`reads_block_index`).
         use_cache: let the model keep a cache from pass to pass.
     """
 
@@ -28,16 +45,17 @@ class Reader:
         model: Any,
         canvas: Canvas,
         attention_mask: torch.Tensor,
-        filling: Filling,
+        inputs: dict[str, Any],
+        steps: torch.Tensor | None,
         use_cache: bool,
     ) -> None:
         self.model, self.canvas, self.real = model, canvas, attention_mask.bool()
         self.context = model.config.max_position_embeddings
-        self.inputs: dict[str, Any] = model.inputs_of_all_passes(filling)
+        self.inputs = inputs
         self.block_index = None
         if model.reads_block_index:
-            assert filling.steps is not None
-            self.block_index = after_given(filling.steps, self.real)
+            assert steps is not None
+            self.block_index = after_given(steps, self.real)
         self.use_cache = use_cache
         self.cache: Cache | None = None
         self.rows = torch.arange(len(self.real), device=self.real.device)
@@ -46,7 +64,7 @@ class Reader:
 
     def read(
         self, rows: torch.Tensor, input_ids: torch.Tensor, asked: torch.Tensor, level: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> Reading:
         """One pass.
 
         Args:
@@ -54,10 +72,6 @@ class Reader:
             input_ids: long [batch, length].
             asked: bool [batch, length], the positions to predict.
             level: [batch], the expected share of masked positions; the actual one if not given.
-
-        Returns:
-            Logits [asked in `rows`, vocab_size], in the order of (row, position), float32 or wider; and, from a model
-            that has learned an order and was asked for it, the exponents [asked in `rows`] of these positions.
         """
         self.leave_out_all_but(rows)
         cache = {"past_key_values": self.cache, "use_cache": True} if self.use_cache else {}
@@ -71,7 +85,10 @@ class Reader:
             exponents = exponents.gather(1, query_positions.clamp(min=0))[asks]
             if not bool((exponents > 0).all()):
                 raise ValueError("`exponents` hold NaN, or are not positive: they say no order. Are the weights sound?")
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)), exponents
+        hidden_states = outputs.hidden_states
+        if hidden_states is not None:
+            hidden_states = tuple(states[asks] for states in hidden_states)
+        return Reading(logits.to(torch.promote_types(logits.dtype, torch.float32)), exponents, hidden_states)
 
     def leave_out_all_but(self, rows: torch.Tensor) -> None:
         """Forget all other rows of the batch, which are finished."""

@@ -8,9 +8,11 @@ import torch
 class StreamerFeed:
     """Feeds a transformers streamer.
 
-    First `put` with the text before the first position to fill. Then, after every step, `put_draft` with the canvas
-    from there on for streamers that take drafts (`TextDiffusionStreamer`), or `put` with what has no gap before it any
-    more for those that do not. Drafts are followed by one `put` of the finished text. Last `end`.
+    First `put` with the text before the first position to fill, [batch, n]. Then, for streamers that take drafts
+    (`TextDiffusionStreamer`), after every step `put_draft` with the canvas from there on, [batch, n], and one `put` of
+    the finished text, [batch, n]. Others get it in reading order, position by position as transformers hands it on:
+    `put` [batch] for every column that is settled in all rows, as is all before it. Last `end`. Rows of a batch that
+    have ended go on with padding.
     """
 
     def __init__(self, streamer: Any, canvas: torch.Tensor, masked: torch.Tensor) -> None:
@@ -25,18 +27,20 @@ class StreamerFeed:
         if self.takes_drafts:
             self.streamer.put_draft(canvas[:, self.shown :].cpu())
         else:
-            self._put_until_gap(canvas, unsettled)
+            self._put_columns(canvas, _first_gap(unsettled))
 
     def end(self, sequences: torch.Tensor) -> None:
         """Show what is left of the finished `sequences` [batch, length]."""
-        self._put_until_gap(sequences, torch.zeros_like(sequences, dtype=torch.bool))
+        if not self.takes_drafts:
+            self._put_columns(sequences, sequences.shape[1])
+        elif self.shown < sequences.shape[1]:
+            self.streamer.put(sequences[:, self.shown :].cpu())
         self.streamer.end()
 
-    def _put_until_gap(self, canvas: torch.Tensor, masked: torch.Tensor) -> None:
-        until = _first_gap(masked)
-        if until > self.shown:
-            self.streamer.put(canvas[:, self.shown : until].cpu())
-            self.shown = until
+    def _put_columns(self, canvas: torch.Tensor, until: int) -> None:
+        for column in canvas[:, self.shown : until].cpu().unbind(dim=1):
+            self.streamer.put(column)
+        self.shown = max(self.shown, until)
 
 
 def _first_gap(masked: torch.Tensor) -> int:

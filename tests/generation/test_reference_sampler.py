@@ -280,7 +280,7 @@ class TestArguments:
             ({"block_size": 4}, "`reference_sampler`='ddpm' is MDLM's, which reads text in both directions"),
             ({"temperature": 0.5}, "`temperature`=0.5: the reference sampler has nothing of the kind"),
             ({"eos_token_id": 3}, "`eos_token_id`=3: the reference sampler has nothing of the kind"),
-            ({"streamer": object()}, "`streamer` sees nothing of the reference sampler"),
+            ({"streamer": object()}, "`streamer`: the reference sampler has nothing of the kind"),
             ({"remasking": "cap", "remasking_strength": 0.5}, "`remasking`='cap': the reference sampler has nothing"),
             ({"reference_sampler": "ancestral"}, "`reference_sampler` must be one of"),
             ({"strategy": "first_hitting", "max_denoising_steps": None}, "`reference_sampler`='ddpm' has no effect"),
