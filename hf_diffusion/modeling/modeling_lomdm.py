@@ -182,9 +182,14 @@ class LoMDMForMaskedDiffusion(MDLMForMaskedDiffusion):
         )
         states = outputs.last_hidden_state
         exponents = self._exponents(self.reverse_scheduler, states, attention_mask, real)
-        if query_positions is not None:
-            states = torch.take_along_dim(states, query_positions.clamp(min=0)[..., None], dim=1)
-        return LoMDMOutput(logits=self._logits(states), exponents=exponents, hidden_states=outputs.hidden_states)
+
+        def asked(states: torch.Tensor) -> torch.Tensor:
+            if query_positions is None:
+                return states
+            return torch.take_along_dim(states, query_positions.clamp(min=0)[..., None], dim=1)
+
+        hidden_states = outputs.hidden_states and tuple(map(asked, outputs.hidden_states))
+        return LoMDMOutput(logits=self._logits(asked(states)), exponents=exponents, hidden_states=hidden_states)
 
     def _read(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, query_positions: torch.Tensor | None = None

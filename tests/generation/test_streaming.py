@@ -87,3 +87,64 @@ def test_iterator_streamer_yields_the_text(tokenizer):
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=False, timeout=10)
     sequences = FAMILIES["armd"].model().generate(PROMPT, streamer=streamer, **STRIDED)
     assert "".join(streamer).split() == tokenizer.decode(sequences[0]).split()
+
+
+class Timed:
+    """Notes after how many passes each column arrives."""
+
+    def __init__(self, model):
+        self.columns, self.at_pass, self.passes = [], [], 0
+        model.register_forward_hook(self.count)
+
+    def count(self, *_):
+        self.passes += 1
+
+    def put(self, value):
+        self.columns.append(value)
+        self.at_pass.append(self.passes)
+
+    def end(self):
+        pass
+
+
+def test_a_column_is_shown_as_soon_as_nothing_before_it_can_change():
+    model = FAMILIES["armd"].model()
+    streamer = Timed(model)
+    model.generate(PROMPT, streamer=streamer, **STRIDED)
+    # Streams of 3, 3 and 2: the heads take passes 1, 2 and 3, and then one position of each is drawn per pass.
+    assert streamer.at_pass == [0, 1, 4, 5, 5, 5, 5, 5, 5]
+
+
+def test_a_batch_is_streamed_column_by_column_with_padding_for_texts_that_have_ended():
+    model = FAMILIES["armd"].model()
+    streamer = Timed(model)
+    sequences = model.generate(
+        PROMPT.repeat(2, 1),
+        max_new_tokens=5,
+        streamer=streamer,
+        eos_token_id=7,
+        pad_token_id=9,
+        prefix_allowed_tokens_fn=lambda row, tokens: [7] if row == 0 else [8],
+    )
+    prompt, *columns = streamer.columns
+    assert torch.equal(prompt, PROMPT.repeat(2, 1))
+    assert [column.tolist() for column in columns] == [[7, 8], *[[9, 8]] * 4]
+    assert torch.equal(torch.stack(columns, dim=1), sequences[:, 3:])
+    assert streamer.at_pass == [0, 1, 2, 3, 4, 5]
+
+
+def test_the_stream_stops_where_the_text_ends():
+    model = FAMILIES["armd"].model()
+    streamer = Recorder()
+    sequences = model.generate(
+        PROMPT, max_new_tokens=9, streamer=streamer, stopping_criteria=[lambda ids, scores: ids.shape[1] == 5]
+    )
+    assert sequences.shape[1] == 5
+    assert len(streamer.finished) == 1 + 2
+
+
+def test_a_streamer_for_one_text_says_so_before_any_pass(tokenizer):
+    model = FAMILIES["armd"].model()
+    model.register_forward_pre_hook(lambda *_: pytest.fail("a pass was made"))
+    with pytest.raises(ValueError, match="batch size 1"):
+        model.generate(PROMPT.repeat(2, 1), streamer=TextStreamer(tokenizer))
