@@ -60,8 +60,8 @@ def main() -> None:
     gpt2 = GPT2LMHeadModel(GPT2Config(**{names.get(key, key): value for key, value in SHAPE.items()})).to(dtype).eval()
     start = torch.full((batch, 1), 50256)
 
-    def strided(model: ARMDForMaskedDiffusion, num_streams: int) -> None:
-        model.generate(start[:, :0], max_new_tokens=num_tokens, strategy="strided", num_streams=num_streams)
+    def strided(model: ARMDForMaskedDiffusion, num_streams: int, **more: bool) -> None:
+        model.generate(start[:, :0], max_new_tokens=num_tokens, strategy="strided", num_streams=num_streams, **more)
 
     if arguments.profile:
         strided(packed, arguments.profile)
@@ -78,6 +78,7 @@ def main() -> None:
         "AR, tuned alike": lambda: decode_autoregressively(packed, batch, num_tokens),
         "ARMD S=1, not packed": lambda: strided(plain, 1),
         "ARMD S=4, not packed": lambda: strided(plain, 4),
+        "ARMD S=4, with history": lambda: strided(packed, 4, return_dict_in_generate=True),
         **{f"ARMD S={s}": lambda s=s: strided(packed, s) for s in arguments.num_streams},
     }
     seconds = best_seconds(cases, arguments.rounds)

@@ -30,6 +30,9 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "temperature": (float, "of sampling"),
     "top_k": (int, "draw from so many tokens"),
     "top_p": (float, "draw from the most likely tokens that have this probability together"),
+    "repetition_penalty": (float, "above 1, tokens that are in the text already become less likely"),
+    "no_repeat_ngram_size": (int, "no run of so many tokens twice"),
+    "stop_strings": (str, "the text ends where it spells this"),
     "num_return_sequences": (int, "texts for each prompt"),
 }
 """Arguments of `generate` that are flags here under the same names."""
@@ -53,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="for models that have learned an order: follow it (default) or not",
     )
-    parser.add_argument("--seed", type=int, help="of sampling")
+    parser.add_argument("--seed", type=int, help="of the first text; the next one has the next seed")
     parser.add_argument("--device", default="cpu", help="where the model runs (default: cpu)")
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--live", action="store_true", help="show the text as it is drawn")
@@ -73,13 +76,20 @@ def run(arguments: argparse.Namespace) -> None:
     settings = {name: value for name, value in settings.items() if value is not None}
     if arguments.greedy:
         settings["do_sample"] = False
-    generator = torch.Generator()
-    generator.manual_seed(arguments.seed) if arguments.seed is not None else generator.seed()
-    for prompt in tqdm(prompts, unit="prompt", disable=len(prompts) == 1 or arguments.live):
+    # Every text has a seed of its own: it is the same whatever other prompts are drawn before it.
+    seed, texts_each = arguments.seed, arguments.num_return_sequences or 1
+    if seed is None:
+        seed = torch.seed() % 2**62
+    for number, prompt in enumerate(tqdm(prompts, unit="prompt", disable=len(prompts) == 1 or arguments.live)):
         ids = encode(prompt, tokenizer, model.config.mask_token_id, arguments.mask_symbol)
         streamer = LiveView(tokenizer, model.config.mask_token_id) if arguments.live else None
         output: Any = model.generate(
-            ids.to(model.device), generator=generator, streamer=streamer, return_dict_in_generate=True, **settings
+            ids.to(model.device),
+            seed=seed + number * texts_each,
+            streamer=streamer,
+            tokenizer=tokenizer,
+            return_dict_in_generate=True,
+            **settings,
         )
         if not arguments.live:
             given = (ids[0] != model.config.mask_token_id).tolist()
@@ -95,8 +105,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"`num_return_sequences` ({arguments.num_return_sequences}) must be 1 with `live`, which shows one text."
         )
-    if arguments.seed is not None and not 0 <= arguments.seed < 2**63:
-        raise ValueError(f"`seed` must be at least 0 and less than 2^63, got {arguments.seed}.")
+    if arguments.seed is not None and not 0 <= arguments.seed < 2**62:
+        raise ValueError(f"`seed` must be at least 0 and less than 2^62, got {arguments.seed}.")
     try:
         torch.empty(0, device=arguments.device)
     except (RuntimeError, AssertionError) as error:
@@ -143,7 +153,8 @@ def _show(
     tokenizer: Any,
     arguments: argparse.Namespace,
 ) -> str:
-    assert output.sequences is not None and output.steps is not None and output.tokens_per_forward is not None
+    assert output.sequences is not None and output.steps is not None
+    assert output.confidence is not None and output.tokens_per_forward is not None
     tokens, steps = output.sequences[row].tolist(), output.steps[row].tolist()
     if arguments.show_order:
         is_given = given + [False] * (len(tokens) - len(given))
@@ -158,6 +169,7 @@ def _show(
         "text": text,
         "token_ids": tokens,
         "steps": steps,
+        "confidence": [round(value, 4) for value in output.confidence[row].tolist()],
         "nfe": output.nfe,
         "tokens_per_forward": float(output.tokens_per_forward[row]),
     }

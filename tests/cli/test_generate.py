@@ -31,6 +31,7 @@ def test_json_lines_hold_the_text_and_how_it_was_drawn(capsys, tokenizer):
         assert tokenizer.decode(text["token_ids"], skip_special_tokens=True) == text["text"]
         assert text["steps"][:given] == [-1] * given
         assert text["nfe"] == 5
+        assert all(0 < value <= 1 for value in text["confidence"])
     assert main(["generate", "--prompt", "ROMEO.", "--json", "--seed", "1", *flags]) == 0
     assert capsys.readouterr().out == printed
 
@@ -43,6 +44,27 @@ def test_prompts_come_from_standard_input_a_line_each(capsys, monkeypatch):
     assert second["nfe"] == 3
     assert second["text"].startswith("JULIET. ")
     assert second["text"].endswith(" night")
+
+
+def test_a_text_is_the_same_whatever_is_drawn_before_it(capsys, monkeypatch):
+    def texts(prompts, seed):
+        monkeypatch.setattr("sys.stdin", io.StringIO(prompts))
+        assert main(["generate", "--prompt-file", "-", "--json", "--seed", seed, "--max-new-tokens", "9"]) == 0
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    assert texts("ROMEO.\nJULIET.\n", "4")[1] == texts("JULIET.\n", "5")[0]
+
+
+def test_a_text_ends_where_it_spells_a_stop_string(capsys, tokenizer):
+    flags = ["generate", "--prompt", "ROMEO.\n", "--seed", "1", "--max-new-tokens", "40"]
+    assert main(flags) == 0
+    whole = capsys.readouterr().out
+    word = whole[len("ROMEO.\n") :].split()[2]
+    assert main([*flags, "--stop-strings", word]) == 0
+    stopped = capsys.readouterr().out
+    end = whole.index(word, len("ROMEO.\n")) + len(word)
+    assert whole[:end] == stopped[:end]
+    assert len(stopped) < len(whole)
 
 
 def test_a_gap_is_as_many_masks_as_are_written(tokenizer):
