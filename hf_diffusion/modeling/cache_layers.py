@@ -27,6 +27,11 @@ class GrowingLayer(DynamicLayer):
         value_buffer[:, :, old:new] = value_states
         return self._show(new)
 
+    def keep(self, length: int) -> None:
+        """Forget everything after the first `length` keys and values."""
+        if self.get_seq_length() > length:
+            self._show(length)
+
     def reset(self) -> None:
         super().reset()
         self._buffers = self._filled = None

@@ -1,0 +1,70 @@
+"""Configuration of a pretrained causal model that is read and written in parallel streams."""
+
+from typing import Any, Literal
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from .configuration_checks import check_model_type, checked
+
+
+@checked
+class CausalStreamsConfig(PreTrainedConfig):
+    r"""
+    Args:
+        causal_lm_config (`PreTrainedConfig` or `dict`): of the causal model inside.
+        later_text (`"wrap"`, `"native"` or `"hide"`): how a row reads text that is known to its right: as if it stood
+            before the text (at the distance `q - k + C`, C being the length of the text), at its own, negative
+            distance, or not at all.
+        mask_token_id (`int`, *optional*): the id that marks a position to fill, a sign between user and `generate`;
+            `vocab_size` if not given, the first id outside the vocabulary.
+        bos_token_id, eos_token_id, pad_token_id: those of the causal model if not given.
+    """
+
+    model_type = "causal_streams"
+    sub_configs = {"causal_lm_config": AutoConfig}
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    causal_lm_config: dict | PreTrainedConfig | None = None
+    later_text: Literal["wrap", "native", "hide"] = "wrap"
+    mask_token_id: int | None = None
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    use_cache: bool = True
+    tie_word_embeddings: bool = False  # the causal model ties its own
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        check_model_type(cls, config_dict)
+        return super().from_dict(config_dict, **kwargs)
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.causal_lm_config is None:
+            self.causal_lm_config = AutoConfig.for_model("llama")
+        if isinstance(self.causal_lm_config, dict):
+            self.causal_lm_config = AutoConfig.for_model(**self.causal_lm_config)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if getattr(self, name) is None:
+                setattr(self, name, getattr(self.causal_lm_config, name, None))
+        if self.mask_token_id is None:
+            self.mask_token_id = self.vocab_size
+        super().__post_init__(**kwargs)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.causal_lm_config.vocab_size  # type: ignore[union-attr]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.causal_lm_config.hidden_size  # type: ignore[union-attr]
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return self.causal_lm_config.num_hidden_layers  # type: ignore[union-attr]
+
+    @property
+    def max_position_embeddings(self) -> int:
+        return self.causal_lm_config.max_position_embeddings  # type: ignore[union-attr]
+
+
+__all__ = ["CausalStreamsConfig"]

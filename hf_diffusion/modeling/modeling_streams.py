@@ -1,0 +1,208 @@
+"""A pretrained causal model, unchanged inside, that reads and writes text in any order and in parallel streams.
+
+Strictly causal in the order of generation, as ARMD is: what is computed for a token never changes when later blocks are
+filled in, and the cache is exact. From left to right it is the causal model itself. See `rows_streams` for how its rows
+become queries, and `wrapped_attention` for how it reads text on the right.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.generic import can_return_tuple
+
+from ..diffusion.canvas import check_length, check_tokens, read_labels, real_positions
+from ..generation.configuration import DiffusionGenerationConfig
+from ..generation.mixin import DiffusionGenerationMixin
+from .cache_streams import CausalStreamsCache, visible
+from .configuration_streams import CausalStreamsConfig
+from .loss import chunked_cross_entropy
+from .outputs import MaskedDiffusionOutput
+from .rows_streams import Rows, plan_rows
+from .wrapped_attention import WRAPPED, register_wrapped_attention
+
+
+class CausalStreamsForMaskedDiffusion(PreTrainedModel, DiffusionGenerationMixin):
+    """
+    Attributes:
+        causal_lm: the causal model; `base_model` too. It can be used, trained and saved as itself.
+        gap: [hidden_size], what stands in the place of a left neighbour that is not known.
+    """
+
+    config: CausalStreamsConfig
+    base_model_prefix = "causal_lm"
+    generation_config_class = DiffusionGenerationConfig
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True
+    reads_block_index = True
+    _supports_sdpa = True
+    _skip_keys_device_placement = ["past_key_values"]
+
+    def __init__(self, config: CausalStreamsConfig) -> None:
+        super().__init__(config)
+        register_wrapped_attention()
+        implementation = WRAPPED if config.later_text == "wrap" else "sdpa"
+        self.causal_lm = AutoModelForCausalLM.from_config(
+            config.causal_lm_config, attn_implementation=implementation
+        )
+        self.gap = nn.Parameter(torch.zeros(config.hidden_size))
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.causal_lm.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.causal_lm.get_output_embeddings()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        block_index: torch.Tensor | None = None,
+        query_positions: torch.Tensor | None = None,
+        past_key_values: CausalStreamsCache | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> MaskedDiffusionOutput:
+        r"""
+        Row n of the logits predicts token n, from the tokens of earlier blocks alone. Nothing comes before the first
+        token of a text, and the causal model says nothing about it: its logits are 0, and it is not counted in `loss`.
+
+        Args:
+            input_ids: long [batch, length], the text; `config.mask_token_id` at positions that are not known.
+            attention_mask: [batch, length], 0 at padding, which may be anywhere. Positions count the rest.
+            block_index: long [batch, length], the step in which each position is generated; lower is earlier, equal is
+                together (see `diffusion.orders`). Left to right if not given; if the text has masked positions, they
+                are then predicted together from all the others.
+            query_positions: long [batch, queried], the positions to predict, -1 for none. All of them if not given.
+                With a cache it names the next block, and must.
+            past_key_values: a `CausalStreamsCache`. A pass reads what is known before the block that it asks for and
+                not in the cache yet. Logits are those of a pass without cache.
+            labels: long [batch, length], tokens to predict; -100 for none. Gives `loss`, the mean negative
+                log-likelihood in nats per token in the order given: exact for that order. The logits are then not
+                returned. Needs all positions.
+            use_cache: start a cache, if none is passed and `query_positions` is given.
+            output_hidden_states: return the hidden states of the rows that predict, of every layer.
+            num_items_in_batch: divides the loss in place of the number of labels (set by `Trainer`).
+
+        Raises:
+            ValueError: before any computation, for tokens outside the vocabulary, a text longer than
+                `max_position_embeddings`, a row of padding only, or an order in which a block would have to read a
+                masked position.
+        """
+        if labels is not None and query_positions is not None:
+            raise ValueError("`labels` needs the logits of all positions: leave out `query_positions`.")
+        real = real_positions(input_ids, attention_mask)
+        check_length(input_ids, real, self.config.max_position_embeddings)
+        check_tokens(input_ids, real, self.config.vocab_size, self.config.mask_token_id)
+        if labels is not None:
+            labels = read_labels(labels, input_ids, attention_mask, self.config.vocab_size)
+        if use_cache and past_key_values is None and query_positions is not None:
+            past_key_values = CausalStreamsCache(self.config.num_hidden_layers)
+        masked: torch.Tensor = input_ids == self.config.mask_token_id  # type: ignore[assignment]
+        rows = plan_rows(masked, real, block_index, query_positions, past_key_values)
+        outputs, kept = self._read(rows, input_ids, real, past_key_values, output_hidden_states)
+
+        def answer(states: torch.Tensor, is_kept: bool = False) -> torch.Tensor:
+            """From rows of the pass to the positions that were asked for."""
+            index = rows.answer.clamp(min=0)
+            if is_kept:
+                index = torch.searchsorted(kept, index)
+            taken = states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
+            return taken.masked_fill((rows.answer < 0)[..., None], 0)
+
+        logits, loss = answer(outputs.logits, is_kept=True), None
+        if labels is not None:
+            labels = labels.masked_fill(rows.answer < 0, -100)
+            loss = chunked_cross_entropy(
+                logits, labels, lambda rows: rows, self.config.vocab_size, num_items_in_batch
+            )
+        return MaskedDiffusionOutput(
+            loss=loss,
+            logits=None if labels is not None else logits,
+            past_key_values=past_key_values,
+            hidden_states=tuple(map(answer, outputs.hidden_states)) if output_hidden_states else None,
+        )
+
+    def _read(
+        self,
+        rows: Rows,
+        input_ids: torch.Tensor,
+        real: torch.Tensor | None,
+        cache: CausalStreamsCache | None,
+        output_hidden_states: bool | None,
+    ) -> tuple[Any, torch.Tensor]:
+        """What the causal model says of the rows, and the rows (long [kept], rising) that it gives logits for."""
+        token = input_ids.gather(1, rows.token.clamp(min=0)).masked_fill(rows.token < 0, 0)
+        kept = rows.answer[rows.answer >= 0].unique()
+        if not len(kept):
+            kept = torch.zeros_like(rows.answer[0, :1])
+        inputs: dict[str, Any] = {"position_ids": rows.position, "logits_to_keep": kept, "use_cache": cache is not None}
+        plain = rows.plain and (cache is None or cache.plain)
+        if plain:
+            inputs["input_ids"] = token
+        else:
+            embeddings = self.get_input_embeddings()(token.masked_fill(rows.is_gap, 0))
+            inputs["inputs_embeds"] = torch.where(rows.is_gap[..., None], self.gap.to(embeddings.dtype), embeddings)
+        block, position = rows.content_block, rows.position[:, : rows.num_content]
+        if cache is not None:
+            cache.plain = plain
+            block, position = cache.keys_with(block, position)
+        if not plain:
+            inputs.update(self._who_reads_what(rows, block, position, input_ids, real))
+        outputs = self.causal_lm(
+            past_key_values=cache, output_hidden_states=output_hidden_states, return_dict=True, **inputs
+        )
+        if cache is not None:
+            cache.drop_added_rows()
+        return outputs, kept
+
+    def _who_reads_what(
+        self,
+        rows: Rows,
+        key_block: torch.Tensor,
+        key_position: torch.Tensor,
+        input_ids: torch.Tensor,
+        real: torch.Tensor | None,
+    ) -> dict[str, Any]:
+        """Mask and wrapped distances of a pass: arguments of the causal model."""
+        reads = visible(rows.reads_before, key_block)
+        on_the_right = reads & (key_position[:, None] > rows.position[..., None])
+        if self.config.later_text == "hide":
+            reads = reads & ~on_the_right
+        # Of the added rows' own keys, each is seen by its own row, if that has nothing else there: a gap, or filling.
+        num_rows, num_content = rows.token.shape[1], rows.num_content
+        own = torch.zeros(num_rows, num_rows - num_content, dtype=torch.bool, device=reads.device)
+        own[num_content:].fill_diagonal_(True)
+        alone = rows.is_gap | ~reads.any(dim=-1)
+        reads = torch.cat([reads, own & alone[..., None]], dim=-1)
+        first_own = key_block.shape[1] - num_content
+        # A content row without anything to read (filling of a ragged batch) reads itself.
+        nothing = ~reads.any(dim=-1)
+        reads[..., first_own : first_own + num_rows] |= torch.diag_embed(nothing)
+        inputs: dict[str, Any] = {"attention_mask": reads[:, None]}
+        if self.config.later_text == "wrap" and bool(on_the_right.any()):
+            added = torch.zeros_like(reads[..., num_content + first_own :])
+            inputs["on_the_right"] = torch.cat([on_the_right, added], dim=-1)[:, None]
+            length = input_ids.shape[1] if real is None else real.sum(dim=1, keepdim=True)
+            inputs["turn"] = self._turn(torch.as_tensor(length, device=reads.device).expand(len(reads), 1))
+        return inputs
+
+    def _turn(self, length: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine [batch, 1, rotary_dim] of the rotation by `length` [batch, 1] positions."""
+        rotary = rotary_embedding(self.causal_lm)
+        cos, sin = rotary(self.gap, length)
+        scaling = getattr(rotary, "attention_scaling", 1.0)
+        return cos / scaling, sin / scaling
+
+
+def rotary_embedding(causal_lm: nn.Module) -> Any:
+    """The module that makes the model's rotary angles; None if it has none."""
+    return next((module for name, module in causal_lm.named_modules() if name.endswith("rotary_emb")), None)
+
+
+__all__ = ["CausalStreamsForMaskedDiffusion", "rotary_embedding"]
