@@ -55,7 +55,8 @@ class ARMDCausalModel(ARMDNetwork):
             inputs_embeds = self.embed_tokens(input_ids)
         assert inputs_embeds is not None
         cache = None if past_key_values is None else TokenCache(past_key_values, inputs_embeds)
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        # A static cache answers with its own counter, which goes on counting: the sum is a copy.
+        past = 0 if past_key_values is None else past_key_values.get_seq_length() + 0
 
         # 0 for the start symbol, 1 for the first token; left padding shares the place of the start symbol.
         num_new, device = inputs_embeds.shape[1], inputs_embeds.device
@@ -113,6 +114,7 @@ class ARMDCausalModel(ARMDNetwork):
             query = query + aggregate_visible(
                 query_encoding, self.position_encoding(position), embeddings, visible[:, None] & (row > 0)
             )
+        assert self.config.prefix_scale is not None
         return query * self.config.prefix_scale
 
     def _attends(
@@ -166,8 +168,9 @@ class ARMDCausalModel(ARMDNetwork):
         length = past + inputs.shape[1]
         if attention_mask is not None and attention_mask.shape != (inputs.shape[0], length):
             raise ValueError(
-                f"`attention_mask` must have shape [batch={inputs.shape[0]}, {length}], for {past} tokens in the cache and "
-                f"{inputs.shape[1]} new ones, got {tuple(attention_mask.shape)}. It marks padding, and says nothing else."
+                f"`attention_mask` must have shape [batch={inputs.shape[0]}, {length}], for {past} tokens in the cache "
+                f"and {inputs.shape[1]} new ones, got {tuple(attention_mask.shape)}. It marks padding, and says nothing "
+                "else."
             )
         if attention_mask is not None and bool((attention_mask != 0).all()):
             attention_mask = None
@@ -176,11 +179,11 @@ class ARMDCausalModel(ARMDNetwork):
         if input_ids is not None:
             real = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :] != 0
             mask_token_id = self.config.mask_token_id
-            masked = input_ids == mask_token_id
-            if bool((masked if real is None else masked & real).any()):
+            text = input_ids if real is None else input_ids[real]
+            if bool(torch.eq(text, mask_token_id).any()):
                 raise ValueError(
-                    f"`input_ids` holds `mask_token_id` ({mask_token_id}), and a causal language model reads no position "
-                    "to fill. Set `strategy` in `generate`, or load the model with `AutoModelForMaskedLM`."
+                    f"`input_ids` holds `mask_token_id` ({mask_token_id}), and a causal language model fills no gaps. "
+                    "Set `strategy` in `generate`, or load the model with `AutoModelForMaskedLM`."
                 )
             check_tokens(input_ids, real, self.config.vocab_size, mask_token_id)
         return attention_mask
@@ -279,7 +282,8 @@ class ARMDForCausalLM(ARMDNetworkWithHead, GenerationMixin):
     ) -> Any:
         """transformers' own `generate`, with its defaults; or, with a `strategy`, that of `ARMDForMaskedDiffusion`.
 
-        The call says which, else `generation_config`, else the model's own; `strategy=None` in the call leaves that aside.
+        The call says which, else `generation_config`, else the model's own; `strategy=None` in the call leaves the last
+        aside.
 
         Raises:
             ValueError: before any pass, for unknown arguments and arguments without effect.
@@ -307,9 +311,9 @@ class ARMDForCausalLM(ARMDNetworkWithHead, GenerationMixin):
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Not possible; `generate_batch` and `cache_implementation="paged"` come here as well."""
         raise ValueError(
-            "Continuous batching (`generate_batch`, `cache_implementation`='paged') keeps a key and a value of one width "
-            "for every token of texts laid end to end. ARMD reads the start symbol in front of each text, and embeddings "
-            "besides keys and values. Pass a padded batch to `generate`."
+            "Continuous batching (`generate_batch`, `cache_implementation`='paged') lays texts end to end and keeps a "
+            "key and a value of one width for every token. ARMD reads the start symbol in front of each text, and "
+            "embeddings besides keys and values. Pass a padded batch to `generate`."
         )
 
     @staticmethod
@@ -341,7 +345,7 @@ def _settings(config: GenerationConfig | None) -> dict[str, Any]:
 
 def _refuse_attentions() -> None:
     raise ValueError(
-        "`output_attentions`=True: the two streams of ARMD read in patterns of their own, and with the start symbol, so "
+        "`output_attentions`=True: two streams of ARMD read the start symbol and the tokens, each in its own way, so "
         "there are no attentions from tokens to tokens. Leave it out."
     )
 

@@ -1,9 +1,9 @@
 """transformers' own caches for ARMD left to right, with one entry for every token and nothing else.
 
-A causal cache can be cropped, reordered and repeated by whoever holds it, so what a pass needs of the past must be there
-token by token. ARMD needs two things more than keys and values. The start symbol, and the query for the first token,
-depend on the weights alone: they are computed in every pass and never stored. And the prefix aggregation (eq. 6) sums
-over the embeddings of the text: those lie behind the values of the first layer, which are twice as wide as the others.
+Whoever holds a cache of tokens may crop, reorder and repeat it, so all that a pass needs of the past must be there token
+by token. ARMD needs two things besides keys and values. The start symbol, and the query for the first token, depend on
+the weights alone: they are computed in every pass and never stored. The prefix aggregation (eq. 6) sums over the
+embeddings of the text: they lie behind the values of the first layer, which are twice as wide as the others.
 """
 
 import torch
@@ -54,8 +54,8 @@ def check_token_cache(cache: Cache, num_new: int) -> None:
     """Raise ValueError for a cache that does not keep every token as it was, or has no room for `num_new` more."""
     if not isinstance(cache, Cache):
         raise ValueError(
-            f"`past_key_values` must be a `Cache` of transformers, got {type(cache).__name__}. Pass a `DynamicCache`, or "
-            "what a pass with `use_cache=True` has returned."
+            f"`past_key_values` must be a `Cache` of transformers, got {type(cache).__name__}. Pass a `DynamicCache`, "
+            "or what a pass with `use_cache=True` has returned."
         )
     layer_types = {type(layer) for layer in getattr(cache, "layers", ())}
     if getattr(cache, "layer_class_to_replicate", None) is not None:
@@ -72,15 +72,15 @@ def check_token_cache(cache: Cache, num_new: int) -> None:
     layer = cache.layers[0]
     if layer.values.shape[-1] != 2 * layer.keys.shape[-1]:
         raise ValueError(
-            f"`past_key_values` has values of width {layer.values.shape[-1]} in its first layer, where ARMD keeps values "
-            f"and embeddings, of width {2 * layer.keys.shape[-1]}. Pass a cache that this model has filled, or an empty "
-            "one without `early_initialization`."
+            f"`past_key_values` has values of width {layer.values.shape[-1]} in its first layer, where ARMD keeps "
+            f"values and embeddings, of width {2 * layer.keys.shape[-1]}. Pass a cache that this model has filled, or an "
+            "empty one without `early_initialization`."
         )
     room = layer.get_max_length()
     if room >= 0 and int(layer.get_seq_length()) + num_new > room:
         raise ValueError(
-            f"`past_key_values` has room for {room} tokens, and holds {int(layer.get_seq_length())} before this pass of "
-            f"{num_new}. Make it longer (`max_cache_len`)."
+            f"`past_key_values` has room for {room} tokens, and holds {int(layer.get_seq_length())} before this pass "
+            f"of {num_new}. Make it longer (`max_cache_len`)."
         )
 
 
