@@ -39,9 +39,12 @@ class ARMDCausalModel(ARMDNetwork):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
     ) -> BaseModelOutputWithPast:
         """See `ARMDForCausalLM.forward`; returns hidden states in place of logits."""
+        if output_attentions:
+            _refuse_attentions()
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -179,6 +182,7 @@ class ARMDCausalModel(ARMDNetwork):
         if input_ids is not None:
             real = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :] != 0
             mask_token_id = self.config.mask_token_id
+            assert mask_token_id is not None
             text = input_ids if real is None else input_ids[real]
             if bool(torch.eq(text, mask_token_id).any()):
                 raise ValueError(
@@ -230,8 +234,6 @@ class ARMDForCausalLM(ARMDNetworkWithHead, GenerationMixin):
             ValueError: before any computation, for tokens outside the vocabulary, a text longer than
                 `max_position_embeddings`, and caches that keep less than ARMD reads.
         """
-        if output_attentions:
-            _refuse_attentions()
         if labels is not None:
             if not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
                 raise ValueError(
@@ -246,6 +248,7 @@ class ARMDForCausalLM(ARMDNetworkWithHead, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )

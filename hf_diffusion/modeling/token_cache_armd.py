@@ -1,9 +1,9 @@
 """transformers' own caches for ARMD left to right, with one entry for every token and nothing else.
 
-Whoever holds a cache of tokens may crop, reorder and repeat it, so all that a pass needs of the past must be there token
-by token. ARMD needs two things besides keys and values. The start symbol, and the query for the first token, depend on
-the weights alone: they are computed in every pass and never stored. The prefix aggregation (eq. 6) sums over the
-embeddings of the text: they lie behind the values of the first layer, which are twice as wide as the others.
+Whoever holds a cache of tokens may crop, reorder and repeat it, so all that a pass needs of the past must be there
+token by token. ARMD needs two things besides keys and values. The start symbol, and the query for the first token,
+depend on the weights alone: they are computed in every pass and never stored. The prefix aggregation (eq. 6) sums over
+the embeddings of the text: they lie behind the values of the first layer, which are twice as wide as the others.
 """
 
 import torch
@@ -73,8 +73,8 @@ def check_token_cache(cache: Cache, num_new: int) -> None:
     if layer.values.shape[-1] != 2 * layer.keys.shape[-1]:
         raise ValueError(
             f"`past_key_values` has values of width {layer.values.shape[-1]} in its first layer, where ARMD keeps "
-            f"values and embeddings, of width {2 * layer.keys.shape[-1]}. Pass a cache that this model has filled, or an "
-            "empty one without `early_initialization`."
+            f"values and embeddings, of width {2 * layer.keys.shape[-1]}. Pass a cache that this model has filled, or "
+            "an empty one without `early_initialization`."
         )
     room = layer.get_max_length()
     if room >= 0 and int(layer.get_seq_length()) + num_new > room:
