@@ -172,7 +172,7 @@ class ARMDCausalModel(ARMDNetwork):
         if attention_mask is not None and attention_mask.shape != (inputs.shape[0], length):
             raise ValueError(
                 f"`attention_mask` must have shape [batch={inputs.shape[0]}, {length}], for {past} tokens in the cache "
-                f"and {inputs.shape[1]} new ones, got {tuple(attention_mask.shape)}. It marks padding, and says nothing "
+                f"and {inputs.shape[1]} new ones, got {tuple(attention_mask.shape)}. It marks padding and says nothing "
                 "else."
             )
         if attention_mask is not None and bool((attention_mask != 0).all()):
