@@ -11,7 +11,6 @@ def both_forms(name="armd_left_neighbour", dtype=torch.float64, **overrides):
     masked_diffusion = FAMILIES[name].model(dtype, **overrides)
     causal = ARMDForCausalLM(masked_diffusion.config).to(dtype).eval()
     causal.load_state_dict(masked_diffusion.state_dict())
-    causal.tie_weights()
     return masked_diffusion, causal
 
 

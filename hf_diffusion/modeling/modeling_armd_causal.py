@@ -5,6 +5,7 @@ this order the query row that follows a token is final once the token is known, 
 keeps one entry for a token, and whatever transformers does with a cache of tokens can be done with this one.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from transformers import GenerationConfig
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils.generic import can_return_tuple
+from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
 from ..diffusion.canvas import check_context, check_tokens, read_labels
 from ..generation.configuration import DIFFUSION_FIELDS, refuse_unknown
@@ -323,6 +324,16 @@ class ARMDForCausalLM(ARMDNetworkWithHead, GenerationMixin):
     def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
         """The padding mask as it is, whatever the cache: the model makes its own masks, with its own extra rows."""
         return attention_mask
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        super()._validate_model_kwargs(model_kwargs)
+        # It lets pass what other models take, such as `position_ids`.
+        for name in TransformersKwargs.__optional_keys__ - inspect.signature(self.forward).parameters.keys():
+            if model_kwargs.get(name) is not None:
+                raise ValueError(
+                    f"`{name}` is not an argument of {type(self).__name__}: positions and visibility follow from "
+                    "`attention_mask`. Leave it out."
+                )
 
     def _get_static_cache_init_shape(self) -> None:
         # The first layer's values are wider than its keys: buffers are made when the first states are there.
