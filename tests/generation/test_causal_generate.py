@@ -1,17 +1,14 @@
 """transformers' own `generate` on ARMD as a causal language model, and the way from there to the strategies."""
 
 import itertools
-import json
-import shutil
 
 import pytest
 import torch
 from armd_forms import both_forms, left_padded
 from scipy import stats
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, StaticCache, pipeline
+from transformers import GenerationConfig, StaticCache
 
-from hf_diffusion import ARMDForCausalLM, DiffusionGenerationConfig
-from hf_diffusion.checkpoints import ARMD_SHAKESPEARE
+from hf_diffusion import DiffusionGenerationConfig
 
 
 NEW = 12
@@ -244,39 +241,3 @@ class TestWayToTheStrategies:
         cache = StaticCache(causal.config, max_cache_len=7 + NEW)
         expected = causal.generate(ids, max_new_tokens=NEW)
         assert torch.equal(causal.generate(ids, past_key_values=cache, max_new_tokens=NEW), expected)
-
-
-class TestPipeline:
-    PROMPT = "KING HENRY.\n"
-
-    def test_text_generation_is_greedy_or_sampled_as_asked(self):
-        pipe = pipeline("text-generation", model=str(ARMD_SHAKESPEARE))
-        assert type(pipe.model) is ARMDForCausalLM
-        settings = {"max_new_tokens": 20, "do_sample": False}
-        texts = [output[0]["generated_text"] for output in pipe([self.PROMPT, "The"], batch_size=2, **settings)]
-        model, tokenizer = AutoModel.from_pretrained(ARMD_SHAKESPEARE), AutoTokenizer.from_pretrained(ARMD_SHAKESPEARE)
-        for prompt, text in zip([self.PROMPT, "The"], texts, strict=True):
-            sequences = model.generate(**tokenizer(prompt, return_tensors="pt"), **settings)
-            assert text == tokenizer.decode(sequences[0], skip_special_tokens=True)
-        assert pipe(self.PROMPT, max_new_tokens=20)[0]["generated_text"].startswith(self.PROMPT)
-
-    def test_a_folder_that_sets_a_strategy_writes_by_it(self, tmp_path):
-        folder = tmp_path / "model"
-        shutil.copytree(ARMD_SHAKESPEARE, folder)
-        settings = json.loads((folder / "generation_config.json").read_text())
-        settings.update(strategy="strided", num_streams=4)
-        (folder / "generation_config.json").write_text(json.dumps(settings))
-        pipe = pipeline("text-generation", model=str(folder))
-        text = pipe(self.PROMPT, max_new_tokens=20, do_sample=False)[0]["generated_text"]
-        model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-        sequences = model.generate(**tokenizer(self.PROMPT, return_tensors="pt"), max_new_tokens=20, do_sample=False)
-        assert text == tokenizer.decode(sequences[0], skip_special_tokens=True)
-        causal = AutoModelForCausalLM.from_pretrained(folder)
-        causal.save_pretrained(tmp_path / "again")
-        again = AutoModelForCausalLM.from_pretrained(tmp_path / "again").generation_config
-        assert (again.strategy, again.num_streams) == ("strided", 4)
-
-    def test_fill_mask_reads_both_sides(self):
-        pipe = pipeline("fill-mask", model=str(ARMD_SHAKESPEARE))
-        sides = [pipe(f"my lord<|mask|>{after}", top_k=1)[0]["score"] for after in (" Hamlet", ", the king is dead")]
-        assert sides[0] != sides[1]
