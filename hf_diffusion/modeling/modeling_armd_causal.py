@@ -115,9 +115,9 @@ class ARMDCausalModel(ARMDNetwork):
                 real = F.pad(attention_mask, (0, num_slots))[:, :num_slots] != 0
                 position, visible = real.long().cumsum(dim=1), (slot < past) & real
             row = torch.arange(query.shape[1], device=content.device)[:, None]
-            query = query + aggregate_visible(
-                query_encoding, self.position_encoding(position), embeddings, visible[:, None] & (row > 0)
-            )
+            # A static cache may be longer than the context; what it has no use for is not visible.
+            past_encoding = self.position_encoding(position.clamp(max=self.config.max_position_embeddings))
+            query = query + aggregate_visible(query_encoding, past_encoding, embeddings, visible[:, None] & (row > 0))
         assert self.config.prefix_scale is not None
         return query * self.config.prefix_scale
 

@@ -77,7 +77,7 @@ def test_fill_mask(loaded):
         position = int((ids[0] == tokenizer.mask_token_id).nonzero())
         expected = model(ids).logits[0, position].softmax(-1).max()
         tops.append(pipe(text, top_k=1)[0]["score"])
-        assert tops[-1] == pytest.approx(float(expected), rel=1e-4)
+        assert tops[-1] == pytest.approx(expected.item(), rel=1e-4)
     assert tops[0] != tops[1]
 
 

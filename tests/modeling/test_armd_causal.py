@@ -3,6 +3,7 @@
 import pytest
 import torch
 from armd_forms import both_forms, left_padded
+from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
@@ -154,6 +155,20 @@ class TestLoss:
         with pytest.raises(ValueError, match="a cache is written once"):
             causal(ids, use_cache=True)
 
+    def test_reaches_adapters_which_both_ways_of_writing_read(self, ids):
+        _, causal = both_forms(dtype=torch.float32)
+        before = causal.generate(ids, max_new_tokens=20)
+        adapted = get_peft_model(
+            causal, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        )
+        adapted(ids, labels=ids).loss.backward()
+        trained = {name.split(".")[-3] for name, weight in adapted.named_parameters() if weight.grad is not None}
+        assert trained == {"lora_A", "lora_B"}
+        after = adapted.generate(input_ids=ids, max_new_tokens=20)
+        assert not torch.equal(after, before)
+        arguments = {"max_new_tokens": 20, "strategy": "autoregressive", "do_sample": False}
+        assert torch.equal(adapted.generate(input_ids=ids, **arguments), after)
+
     def test_trainer_lowers_it(self, tmp_path):
         causal, text = both_forms(dtype=torch.float32)[1], torch.randint(22, (12,))
         arguments = {"max_steps": 20, "learning_rate": 3e-3, "report_to": [], "use_cpu": True, "disable_tqdm": True}
@@ -192,6 +207,16 @@ class TestCache:
         assert float(difference.abs().max()) < 1e-10
 
     @torch.no_grad()
+    def test_a_cache_with_more_room_than_the_context(self, ids, kind):
+        _, causal = both_forms(prefix_encoding="learned", max_position_embeddings=LENGTH)
+        mask = left_padded(3, LENGTH, [0, 3, 1])[1].bool()
+        for attention_mask in (None, mask):
+            expected, cache = causal(ids, attention_mask=attention_mask).logits, CACHES[kind](causal.config)
+            causal(ids[:, :4], attention_mask=None if attention_mask is None else mask[:, :4], past_key_values=cache)
+            logits = causal(ids[:, 4:], attention_mask=attention_mask, past_key_values=cache).logits
+            torch.testing.assert_close(logits, expected[:, 4:], rtol=0, atol=1e-10)
+
+    @torch.no_grad()
     def test_rows_can_be_reordered(self, causal, ids, kind):
         cache = CACHES[kind](causal.config)
         causal(ids[:, :6], past_key_values=cache)
@@ -208,6 +233,19 @@ class TestCache:
             causal(ids[:, :6], past_key_values=cache)
             logits = causal(ids[:, 6:], past_key_values=cache).logits
             torch.testing.assert_close(logits, causal(ids).logits[:, 6:], rtol=0, atol=1e-10)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_decoding_into_a_static_cache_compiles_to_one_graph(causal, ids):
+    expected, cache = causal(ids).logits, StaticCache(causal.config, max_cache_len=LENGTH)
+    causal(ids[:, :4], past_key_values=cache)
+    compiled = torch.compile(causal, backend="eager", fullgraph=True)
+    torch._dynamo.utils.counters.clear()
+    logits = [compiled(ids[:, [position]], past_key_values=cache).logits for position in range(4, LENGTH)]
+    # Rotary angles are float32, and rounded otherwise.
+    torch.testing.assert_close(torch.cat(logits, dim=1), expected[:, 4:], rtol=0, atol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 class TestOneEntryForEachToken:
