@@ -64,7 +64,7 @@ def model_code(config_class: type) -> ModelCode:
     Raises:
         ValueError: if no Auto class knows `config_class`, or knows it with a class of another package.
     """
-    if came_with_code(config_class):
+    if _is_flat(config_class):
         home = _package_of(config_class)
         classes = importlib.import_module(f"{home}.{AUTO_MODULE}").AUTO_MAP
         folder = Path(str(importlib.util.find_spec(f"{home}.{AUTO_MODULE}").origin)).parent  # type: ignore[union-attr]
@@ -81,9 +81,15 @@ def model_code(config_class: type) -> ModelCode:
     return ModelCode(files, classes)
 
 
-def came_with_code(config_class: type) -> bool:
-    """Whether `config_class` is of a folder that `ModelCode.write` has made."""
-    return importlib.util.find_spec(f"{_package_of(config_class)}.{AUTO_MODULE}") is not None
+def came_with_code(config: Any) -> bool:
+    """Whether `config` was read from a folder that `ModelCode.write` has made, whichever classes read it."""
+    entries = (getattr(config, "auto_map", None) or {}).values()
+    return _is_flat(type(config)) or any(AUTO_MODULE in entry for entry in entries)
+
+
+def _is_flat(config_class: type) -> bool:
+    """Whether the code of `config_class` lies in such a folder."""
+    return "." in config_class.__module__ and _is_module(f"{_package_of(config_class)}.{AUTO_MODULE}")
 
 
 def flatten(modules: Iterable[str], home: str) -> dict[str, str]:

@@ -57,7 +57,7 @@ class PreTrainedModelWithCode(PreTrainedModel):
         card_file = folder / "README.md"
         if model_card is not None and card_file.exists():
             raise FileExistsError(f"{card_file} exists already. Remove it, or leave out `model_card` to keep it.")
-        with_code = is_main_process and (include_code or came_with_code(type(self.config)))
+        with_code = is_main_process and (include_code or came_with_code(self.config))
         code = model_code(type(self.config)) if with_code else None
         super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, *args, **kwargs)
         if code is None:

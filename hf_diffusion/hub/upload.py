@@ -62,7 +62,7 @@ def upload(
             commit_message=commit_message or "Upload model",
             commit_description=commit_description,
         )
-    except HTTPError as error:
+    except (HTTPError, RuntimeError) as error:  # the latter for what breaks off a large file
         if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
             raise PermissionError(
                 f"`repo_id`={repo_id!r} cannot be written to with this token (status {error.response.status_code}). "
