@@ -36,7 +36,7 @@ def export_model(source: str | Path, output: str | Path, name: str | None = None
     """
     output = Path(output)
     check_free(output)
-    config = AutoConfig.from_pretrained(source)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     code = model_code(type(config))
     folder = Path(source) if Path(source).is_dir() else Path(snapshot_download(str(source), ignore_patterns=["*.py"]))
     files = [file for file in folder.iterdir() if file.is_file() and not any(map(file.match, LEFT_OUT))]

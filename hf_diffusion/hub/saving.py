@@ -43,7 +43,8 @@ class PreTrainedModelWithCode(PreTrainedModel):
             model_card: what the card says besides how the model is used.
 
         Raises:
-            ValueError: before anything is written, for `push_to_hub` or `model_card` where they have no effect.
+            ValueError: before anything is written, for `push_to_hub` or `model_card` where they have no effect, and for
+                a model with an adapter, of which only the adapter would be written.
             FileExistsError: before anything is written, if `model_card` is given and the folder has a card.
         """
         if push_to_hub and include_code:
@@ -53,12 +54,18 @@ class PreTrainedModelWithCode(PreTrainedModel):
             )
         if model_card is not None and not include_code:
             raise ValueError("`model_card` has no effect without `include_code=True`. Set that, or leave it out.")
+        only_adapter = getattr(self, "_hf_peft_config_loaded", False)
+        if only_adapter and include_code:
+            raise ValueError(
+                "`include_code=True` has no effect with an adapter, which is saved without the model. Merge it into it "
+                "first, or leave `include_code` out."
+            )
         folder = Path(save_directory)
         card_file = folder / "README.md"
         if model_card is not None and card_file.exists():
             raise FileExistsError(f"{card_file} exists already. Remove it, or leave out `model_card` to keep it.")
-        with_code = is_main_process and (include_code or came_with_code(self.config))
-        code = model_code(type(self.config)) if with_code else None
+        with_code = include_code or (came_with_code(self.config) and not only_adapter)
+        code = model_code(type(self.config)) if with_code and is_main_process else None
         super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, *args, **kwargs)
         if code is None:
             return

@@ -5,6 +5,7 @@ import json
 import pytest
 from families import FAMILIES
 from huggingface_hub import ModelCard
+from peft import LoraConfig
 from transformers import AutoModel
 
 from hf_diffusion import ARMDForMaskedDiffusion
@@ -87,6 +88,16 @@ def test_arguments_without_effect_are_refused(arguments, message, model, tmp_pat
     with pytest.raises(ValueError, match=message):
         model.save_pretrained(tmp_path / "out", **arguments)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_is_saved_without_code(model, tmp_path):
+    model.save_pretrained(tmp_path / "model", include_code=True)
+    model = AutoModel.from_pretrained(tmp_path / "model")
+    model.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="Merge it into it first"):
+        model.save_pretrained(tmp_path / "out", include_code=True)
+    model.save_pretrained(tmp_path / "out")
+    assert {file.suffix for file in (tmp_path / "out").iterdir()} <= {".json", ".safetensors", ".md"}
 
 
 @pytest.mark.parametrize("family", ["armd", "lomdm"])
