@@ -15,14 +15,14 @@ USE = """\
 ```python
 from transformers import AutoModel, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 model = AutoModel.from_pretrained("{name}", trust_remote_code=True)
 prompt = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=64)[0]))
 ```
 
-`trust_remote_code=True` runs the code in this folder, which needs PyTorch and transformers (written with
-{transformers}). Where the package `hf_diffusion` is installed, import it and leave `trust_remote_code` out: its own
+`trust_remote_code=True` runs the code in this folder (for the tokenizer too, which reads the configuration). It needs
+PyTorch and transformers (written with {transformers}). Where the package `hf_diffusion` is installed, import it and leave `trust_remote_code` out: its own
 classes are then used.
 """
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from transformers import AutoModel, LlamaConfig
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
 from hf_diffusion import ARMDConfig, MDLMARConfig, MDLMARForCausalLM
+from hf_diffusion.checkpoints import ARMD_SHAKESPEARE
+from hf_diffusion.hub.export import export_model
 from hf_diffusion.hub.flat_code import flatten, model_code
 
 
@@ -57,7 +60,10 @@ def visit(folders, package, home):
 
 @pytest.fixture(scope="module")
 def without_package(folders, tmp_path_factory):
-    return visit(folders, False, tmp_path_factory.mktemp("without"))
+    home = tmp_path_factory.mktemp("without")
+    source = shutil.copytree(ARMD_SHAKESPEARE, home / "source", ignore=shutil.ignore_patterns("README.md"))
+    export_model(source, home / "shipped")
+    return visit(folders, False, home)
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +97,11 @@ class TestOtherProcesses:
         for file in (*first.glob("*.py"), first / "config.json", first / "model.safetensors"):
             assert (again / file.name).read_bytes() == file.read_bytes(), file.name
         assert (again / "README.md").exists() == (how == "as-asked")
+
+
+def test_the_example_in_a_card_runs_as_it_stands(without_package):
+    assert without_package["card"].startswith("Once upon a time")
+    assert len(without_package["card"]) > 60
 
 
 def test_code_runs_only_if_it_is_allowed_to(without_package):
