@@ -21,9 +21,9 @@ prompt = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=64)[0]))
 ```
 
-`trust_remote_code=True` runs the code in this folder (for the tokenizer too, which reads the configuration). It needs
-PyTorch and transformers (written with {transformers}). Where the package `hf_diffusion` is installed, import it and leave `trust_remote_code` out: its own
-classes are then used.
+`trust_remote_code=True` runs the code in this folder, for the tokenizer too, which reads the configuration. It needs
+PyTorch and transformers (written with {transformers}). Where the package `hf_diffusion` is installed, import it and
+leave `trust_remote_code` out: its own classes are then used.
 """
 
 NO_TOKENIZER = """
