@@ -92,6 +92,13 @@ class DiffusionGenerationMixin(GenerationMixin):
         else:
             self.generation_config = DiffusionGenerationConfig.from_generation_config(loaded)
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Not possible; `generate_batch` comes here as well."""
+        raise ValueError(
+            "Continuous batching (`generate_batch`) goes from left to right over texts that are laid end to end. Pass "
+            "a padded batch to `generate`."
+        )
+
     @torch.no_grad()
     def generate(
         self,

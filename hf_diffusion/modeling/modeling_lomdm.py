@@ -59,6 +59,8 @@ class MaskedCopies(NamedTuple):
 class LoMDMForMaskedDiffusion(MDLMForMaskedDiffusion):
     """An MDLM with a scheduler head for the forward and one for the reverse process."""
 
+    family = "LoMDM, an MDLM that learns the order of generation"
+    paper = "https://arxiv.org/abs/2602.02112"
     config: LoMDMConfig
     learns_order = True
 

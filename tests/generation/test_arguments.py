@@ -172,3 +172,8 @@ def test_padding_is_found_by_its_token_where_no_mask_is_given():
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     inferred = model.generate(padded, max_new_tokens=5, do_sample=False)
     assert torch.equal(inferred, model.generate(padded, attention_mask=mask, max_new_tokens=5, do_sample=False))
+
+
+def test_continuous_batching_is_refused():
+    with pytest.raises(ValueError, match="`generate_batch`.*Pass a padded batch to `generate`"):
+        FAMILIES["mdlm"].model().generate_batch(inputs=[[1, 2, 3]])
