@@ -8,15 +8,18 @@ from .modeling.approximate_cache_mdlm import ApproximateMDLMCache
 from .modeling.auto import AutoModelForMaskedDiffusion, register
 from .modeling.cache_armd import ARMDCache
 from .modeling.cache_mdlm import MDLMCache
+from .modeling.cache_streams import CausalStreamsCache
 from .modeling.configuration_armd import ARMDConfig
 from .modeling.configuration_lomdm import LoMDMConfig
 from .modeling.configuration_mdlm import MDLMConfig
 from .modeling.configuration_mdlm_ar import MDLMARConfig
+from .modeling.configuration_streams import CausalStreamsConfig
 from .modeling.modeling_armd import ARMDForMaskedDiffusion
 from .modeling.modeling_armd_causal import ARMDForCausalLM
 from .modeling.modeling_lomdm import LoMDMForMaskedDiffusion
 from .modeling.modeling_mdlm import MDLMForMaskedDiffusion
 from .modeling.modeling_mdlm_ar import MDLMARForCausalLM
+from .modeling.modeling_streams import CausalStreamsForMaskedDiffusion
 from .modeling.packed_linear import pack_linear_layers, unpack_linear_layers
 
 
@@ -29,6 +32,9 @@ __all__ = [
     "ARMDForMaskedDiffusion",
     "ApproximateMDLMCache",
     "AutoModelForMaskedDiffusion",
+    "CausalStreamsCache",
+    "CausalStreamsConfig",
+    "CausalStreamsForMaskedDiffusion",
     "DiffusionGenerationConfig",
     "LoMDMConfig",
     "LoMDMForMaskedDiffusion",

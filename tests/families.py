@@ -5,10 +5,13 @@ from dataclasses import dataclass, field
 
 import torch
 from tiny_mdlm import open_up, spread_orders
+from transformers import LlamaConfig
 
 from hf_diffusion import (
     ARMDConfig,
     ARMDForMaskedDiffusion,
+    CausalStreamsConfig,
+    CausalStreamsForMaskedDiffusion,
     LoMDMConfig,
     LoMDMForMaskedDiffusion,
     MDLMConfig,
@@ -29,6 +32,8 @@ class Family:
         strategies: arguments of `generate`, one set for each way to draw text.
         logits_when_drawn: maps (model, sequences, steps, number of given tokens) to the logits [batch, length,
             vocab_size] from which each token was drawn, without `generate` or a cache.
+        make_config: maps the settings to a config; the class itself if not given.
+        wrong_settings: (name, value) that the config refuses.
         prepare: changes the weights of a fresh model, if it predicts nothing yet.
         loss_inputs: sets of arguments with which the loss reaches every parameter.
         loss_is_drawn: `labels` gives an estimate, from random times and masks.
@@ -42,6 +47,8 @@ class Family:
     prepare: Callable = lambda model: None
     loss_inputs: tuple[dict, ...] = field(default=({},))
     loss_is_drawn: bool = False
+    make_config: Callable | None = None
+    wrong_settings: tuple = (("num_attention_heads", 3), ("eos_token_id", VOCAB_SIZE), ("max_position_embeddings", 0))
 
     def config(self, **overrides):
         shared = {
@@ -51,7 +58,8 @@ class Family:
             "num_attention_heads": 4,
             "max_position_embeddings": 64,
         }
-        return self.config_class(**{**shared, **self.settings, **overrides})
+        make_config = self.make_config or self.config_class
+        return make_config(**{**shared, **self.settings, **overrides})
 
     def model(self, dtype=torch.float32, **overrides):
         torch.manual_seed(1)
@@ -104,6 +112,15 @@ BLOCK_STRATEGIES = tuple(
     {"strategy": "semi_autoregressive", "block_strategy": name} for name in ("spread", "first_hitting", "entropy")
 )
 
+
+def streams_of_a_llama(**settings):
+    own = ("later_text", "mask_token_id", "eos_token_id", "pad_token_id", "bos_token_id", "use_cache")
+    inside = {"intermediate_size": 48, "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": None}
+    inside.update({name: value for name, value in settings.items() if name not in own})
+    own_settings = {name: value for name, value in settings.items() if name in own}
+    return CausalStreamsConfig(causal_lm_config=LlamaConfig(**inside), **own_settings)
+
+
 FAMILIES = {
     "armd": Family(ARMDConfig, ARMDForMaskedDiffusion, ARMD_SETTINGS, ARMD_STRATEGIES, in_order, loss_inputs=BACKWARDS),
     "armd_left_neighbour": Family(
@@ -140,5 +157,15 @@ FAMILIES = {
         pass_by_pass,
         lambda model: (open_up(model), spread_orders(model)),
         loss_is_drawn=True,
+    ),
+    "causal_streams": Family(
+        CausalStreamsConfig,
+        CausalStreamsForMaskedDiffusion,
+        {"initializer_range": 0.3},
+        ARMD_STRATEGIES,
+        in_order,
+        loss_inputs=BACKWARDS,
+        make_config=streams_of_a_llama,
+        wrong_settings=(("later_text", "upside down"), ("eos_token_id", VOCAB_SIZE)),
     ),
 }

@@ -36,9 +36,7 @@ def from_causal_lm(
         causal_lm = name_or_model
     else:
         causal_lm = AutoModelForCausalLM.from_pretrained(name_or_model, **kwargs)
-    config = CausalStreamsConfig(
-        causal_lm_config=causal_lm.config, later_text=later_text, mask_token_id=mask_token_id
-    )
+    config = CausalStreamsConfig(causal_lm_config=causal_lm.config, later_text=later_text, mask_token_id=mask_token_id)
     check_convertible(causal_lm, later_text)
     with torch.device("meta"):
         model = CausalStreamsForMaskedDiffusion(config)
@@ -84,7 +82,9 @@ def _check_rotary(causal_lm: PreTrainedModel, name: str) -> None:
             f'`later_text="wrap"`: the rotary frequencies of {name} change with the length of the text '
             f"(`rope_type`={parameters['rope_type']!r}), so that rotations do not compose. {remedy}"
         )
-    attention = next((module for module in causal_lm.modules() if rotation_of(module) and hasattr(module, "q_proj")), None)
+    attention = next(
+        (module for module in causal_lm.modules() if rotation_of(module) and hasattr(module, "q_proj")), None
+    )
     if attention is None:
         attention = next((module for module in causal_lm.modules() if rotation_of(module)), None)
     if attention is None or not _rotations_compose(attention, rotary):

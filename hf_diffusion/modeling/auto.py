@@ -10,11 +10,13 @@ from .configuration_armd import ARMDConfig
 from .configuration_lomdm import LoMDMConfig
 from .configuration_mdlm import MDLMConfig
 from .configuration_mdlm_ar import MDLMARConfig
+from .configuration_streams import CausalStreamsConfig
 from .modeling_armd import ARMDForMaskedDiffusion
 from .modeling_armd_causal import ARMDForCausalLM
 from .modeling_lomdm import LoMDMForMaskedDiffusion
 from .modeling_mdlm import MDLMForMaskedDiffusion
 from .modeling_mdlm_ar import MDLMARForCausalLM
+from .modeling_streams import CausalStreamsForMaskedDiffusion
 
 
 class AutoModelForMaskedDiffusion(_BaseAutoModelClass):
@@ -27,6 +29,7 @@ FAMILIES = (
     (ARMDConfig, ARMDForMaskedDiffusion, ARMDForCausalLM),
     (MDLMConfig, MDLMForMaskedDiffusion, MDLMForMaskedDiffusion),
     (LoMDMConfig, LoMDMForMaskedDiffusion, LoMDMForMaskedDiffusion),
+    (CausalStreamsConfig, CausalStreamsForMaskedDiffusion, CausalStreamsForMaskedDiffusion),
 )
 """(configuration, model, what `AutoModelForCausalLM` leads to) of every family. All of them can `generate`.
 

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from .configuration_checks import check_model_type, checked
+from .configuration_checks import check_model_type, check_token_ids, checked
 
 
 @checked
@@ -49,6 +49,10 @@ class CausalStreamsConfig(PreTrainedConfig):
         if self.mask_token_id is None:
             self.mask_token_id = self.vocab_size
         super().__post_init__(**kwargs)
+
+    def validate_token_ids(self) -> None:
+        """Raise ValueError for special tokens that the model could not generate (called by `@checked`)."""
+        check_token_ids(self, ("bos_token_id", "eos_token_id"))
 
     @property
     def vocab_size(self) -> int:

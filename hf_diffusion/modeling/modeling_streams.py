@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 from transformers.utils.generic import can_return_tuple
 
 from ..diffusion.canvas import check_length, check_tokens, read_labels, real_positions
 from ..generation.configuration import DiffusionGenerationConfig
 from ..generation.mixin import DiffusionGenerationMixin
+from ..hub.saving import PreTrainedModelWithCode
 from .cache_streams import CausalStreamsCache, visible
 from .configuration_streams import CausalStreamsConfig
 from .loss import chunked_cross_entropy
@@ -23,7 +24,7 @@ from .rows_streams import Rows, plan_rows
 from .wrapped_attention import WRAPPED, register_wrapped_attention
 
 
-class CausalStreamsForMaskedDiffusion(PreTrainedModel, DiffusionGenerationMixin):
+class CausalStreamsForMaskedDiffusion(PreTrainedModelWithCode, DiffusionGenerationMixin):
     """
     Attributes:
         causal_lm: the causal model; `base_model` too. It can be used, trained and saved as itself.
@@ -31,6 +32,8 @@ class CausalStreamsForMaskedDiffusion(PreTrainedModel, DiffusionGenerationMixin)
     """
 
     config: CausalStreamsConfig
+    family = "a pretrained causal language model that writes in parallel streams"
+    paper = "https://arxiv.org/abs/2601.16971"
     base_model_prefix = "causal_lm"
     generation_config_class = DiffusionGenerationConfig
     supports_gradient_checkpointing = True
@@ -43,14 +46,16 @@ class CausalStreamsForMaskedDiffusion(PreTrainedModel, DiffusionGenerationMixin)
         super().__init__(config)
         register_wrapped_attention()
         implementation = WRAPPED if config.later_text == "wrap" else "sdpa"
-        self.causal_lm = AutoModelForCausalLM.from_config(
-            config.causal_lm_config, attn_implementation=implementation
-        )
+        self.causal_lm = AutoModelForCausalLM.from_config(config.causal_lm_config, attn_implementation=implementation)
         self.gap = nn.Parameter(torch.zeros(config.hidden_size))
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.causal_lm.get_input_embeddings()
+
+    @property
+    def lm_head(self) -> nn.Module:
+        return self.causal_lm.get_output_embeddings()
 
     def get_output_embeddings(self) -> nn.Module:
         return self.causal_lm.get_output_embeddings()
@@ -69,8 +74,9 @@ class CausalStreamsForMaskedDiffusion(PreTrainedModel, DiffusionGenerationMixin)
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> MaskedDiffusionOutput:
         r"""
-        Row n of the logits predicts token n, from the tokens of earlier blocks alone. Nothing comes before the first
-        token of a text, and the causal model says nothing about it: its logits are 0, and it is not counted in `loss`.
+        Row n of the logits predicts token n, from the tokens of earlier blocks alone: the first token of a text from the
+        gap vector, which starts as the embedding of a start token. From left to right, row n is the causal model's row
+        n - 1.
 
         Args:
             input_ids: long [batch, length], the text; `config.mask_token_id` at positions that are not known.
@@ -105,28 +111,48 @@ class CausalStreamsForMaskedDiffusion(PreTrainedModel, DiffusionGenerationMixin)
             past_key_values = CausalStreamsCache(self.config.num_hidden_layers)
         masked: torch.Tensor = input_ids == self.config.mask_token_id  # type: ignore[assignment]
         rows = plan_rows(masked, real, block_index, query_positions, past_key_values)
-        outputs, kept = self._read(rows, input_ids, real, past_key_values, output_hidden_states)
-
-        def answer(states: torch.Tensor, is_kept: bool = False) -> torch.Tensor:
-            """From rows of the pass to the positions that were asked for."""
-            index = rows.answer.clamp(min=0)
-            if is_kept:
-                index = torch.searchsorted(kept, index)
-            taken = states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
-            return taken.masked_fill((rows.answer < 0)[..., None], 0)
-
-        logits, loss = answer(outputs.logits, is_kept=True), None
+        logits, hidden_states = self._answer(rows, input_ids, real, past_key_values, output_hidden_states)
+        loss = None
         if labels is not None:
-            labels = labels.masked_fill(rows.answer < 0, -100)
-            loss = chunked_cross_entropy(
-                logits, labels, lambda rows: rows, self.config.vocab_size, num_items_in_batch
-            )
+            loss = chunked_cross_entropy(logits, labels, lambda rows: rows, self.config.vocab_size, num_items_in_batch)
         return MaskedDiffusionOutput(
             loss=loss,
             logits=None if labels is not None else logits,
             past_key_values=past_key_values,
-            hidden_states=tuple(map(answer, outputs.hidden_states)) if output_hidden_states else None,
+            hidden_states=hidden_states,
         )
+
+    def _answer(
+        self,
+        rows: Rows,
+        input_ids: torch.Tensor,
+        real: torch.Tensor | None,
+        cache: CausalStreamsCache | None,
+        output_hidden_states: bool | None,
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
+        """Logits [batch, asked, vocab_size] and, if asked for, hidden states of the rows that predict."""
+        answers: list[torch.Tensor] = []
+        if rows.token.shape[1]:
+            outputs, kept = self._read(rows, input_ids, real, cache, output_hidden_states)
+            index = rows.answer.clamp(min=0)
+            answers.append(_take_rows(outputs.logits, torch.searchsorted(kept, index)))
+            answers += [_take_rows(states, index) for states in outputs.hidden_states or ()]
+        if bool((rows.answer < 0).any()):
+            # Nothing stands before the first token: a gap that sees itself alone, whatever the text is.
+            outputs = self.causal_lm(
+                inputs_embeds=self.gap[None, None],
+                output_hidden_states=output_hidden_states,
+                use_cache=False,
+                return_dict=True,
+            )
+            first = [outputs.logits, *(outputs.hidden_states or ())]
+            if answers:
+                is_first = (rows.answer < 0)[..., None]
+                answers = [torch.where(is_first, one, other) for one, other in zip(first, answers, strict=True)]
+            else:
+                answers = [one.expand(*rows.answer.shape, -1) for one in first]
+        logits, *states_of_layers = answers
+        return logits, tuple(states_of_layers) if output_hidden_states else None
 
     def _read(
         self,
@@ -138,9 +164,7 @@ class CausalStreamsForMaskedDiffusion(PreTrainedModel, DiffusionGenerationMixin)
     ) -> tuple[Any, torch.Tensor]:
         """What the causal model says of the rows, and the rows (long [kept], rising) that it gives logits for."""
         token = input_ids.gather(1, rows.token.clamp(min=0)).masked_fill(rows.token < 0, 0)
-        kept = rows.answer[rows.answer >= 0].unique()
-        if not len(kept):
-            kept = torch.zeros_like(rows.answer[0, :1])
+        kept = rows.answer.clamp(min=0).unique()
         inputs: dict[str, Any] = {"position_ids": rows.position, "logits_to_keep": kept, "use_cache": cache is not None}
         plain = rows.plain and (cache is None or cache.plain)
         if plain:
@@ -198,6 +222,11 @@ class CausalStreamsForMaskedDiffusion(PreTrainedModel, DiffusionGenerationMixin)
         cos, sin = rotary(self.gap, length)
         scaling = getattr(rotary, "attention_scaling", 1.0)
         return cos / scaling, sin / scaling
+
+
+def _take_rows(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """`states` [batch, rows, size] at `index` [batch, n]."""
+    return states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
 
 
 def rotary_embedding(causal_lm: nn.Module) -> Any:
