@@ -27,6 +27,7 @@ class Ending:
         tokenizer: for `stop_strings`.
 
     Attributes:
+        may_end: bool [batch, length], positions at which a text may end.
         ended: bool [batch], rows whose text has ended before the last column.
         too_early: bool [batch, length], positions at which no end token may be drawn.
 

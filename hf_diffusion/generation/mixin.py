@@ -173,7 +173,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         if negative_prompt_attention_mask is not None and negative_prompt_ids is None:
             raise ValueError("`negative_prompt_attention_mask` has no effect without `negative_prompt_ids`.")
         prompt = input_ids if input_ids is not None else inputs
-        canvas, attention_mask, num_appended = prepare_canvas(self, prompt, attention_mask, config)
+        canvas, attention_mask = prepare_canvas(self, prompt, attention_mask, config)
         seeds = seeds_of_rows(seed, len(canvas))
         if config.reference_sampler is not None:
             for name, value in (
@@ -197,8 +197,8 @@ class DiffusionGenerationMixin(GenerationMixin):
             config,
             to_fill,
             attention_mask.bool(),
+            ending.may_end,
             ending.too_early,
-            canvas.shape[1] - num_appended,
             logits_processor,
             prefix_allowed_tokens_fn,
         )
