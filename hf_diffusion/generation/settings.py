@@ -52,8 +52,8 @@ def settings_of_call(
     defaults = DiffusionGenerationConfig._get_default_generation_params()
     del defaults["max_length"]  # depends on the prompt
     config.update(**inherited, defaults_only=True)
-    config.update(**kwargs)
     config.update(**defaults, defaults_only=True)
+    config.update(**{name: defaults.get(name) if value is None else value for name, value in kwargs.items()})
     _set_default_strategies(model, config)
     check_fields(type(model).__name__, config)
     _check_tokens(model, config)

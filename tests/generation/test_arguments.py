@@ -189,6 +189,7 @@ def test_none_stands_for_the_default():
     cold = model.generate(PROMPT, max_new_tokens=9, seed=1, **nothing)
     assert torch.equal(cold, model.generate(PROMPT, max_new_tokens=9, seed=1, temperature=1.0))
     assert not torch.equal(cold, output)
+    assert model.generate(PROMPT, max_new_tokens=9, num_return_sequences=2, do_sample=None).shape == (2, 12)
 
 
 @pytest.mark.parametrize(
