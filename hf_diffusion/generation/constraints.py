@@ -233,14 +233,17 @@ def _allowed_after_prefix(function: Callable[[int, torch.Tensor], list[int]]) ->
 
     def restrict(known: Known, scores: torch.Tensor) -> torch.Tensor:
         banned = torch.ones_like(scores, dtype=torch.bool)
-        for index, (row, column) in enumerate(zip(known.row.tolist(), known.column.tolist(), strict=True)):
-            allowed = function(row, known.before(column)[row])
-            if not len(allowed):
-                raise ValueError(
-                    f"`prefix_allowed_tokens_fn` allows no token at position {column} of row {row}. Return one at "
-                    "least."
-                )
-            banned[index, allowed] = False
+        for column in known.column.unique().tolist():
+            before = known.before(column)
+            for index in (known.column == column).nonzero()[:, 0].tolist():
+                row = int(known.row[index])
+                allowed = function(row, before[row])
+                if not len(allowed):
+                    raise ValueError(
+                        f"`prefix_allowed_tokens_fn` allows no token at position {column} of row {row}. Return one at "
+                        "least."
+                    )
+                banned[index, allowed] = False
         return scores.masked_fill(banned, -torch.inf)
 
     return restrict
