@@ -22,6 +22,7 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "max_new_tokens": (int, "masked positions to append (default: fill the gaps, or up to 20 tokens without any)"),
     "strategy": (str, "which positions come next (default: the model's own)"),
     "num_streams": (int, 'streams that are written in parallel, with "strided"'),
+    "heads": (str, 'with "strided", draw the heads of the streams "first" (default) or "staggered"'),
     "block_length": (int, 'positions in a block, with "semi_autoregressive"'),
     "block_strategy": (str, "how a block is filled"),
     "max_denoising_steps": (int, "steps in which the text, or a block, is drawn"),

@@ -53,10 +53,12 @@ def check_convertible(causal_lm: PreTrainedModel, later_text: str) -> None:
     """Raise ValueError for a model that reads its text in a way that depends on the order of its rows."""
     config, name = causal_lm.config.get_text_config(), type(causal_lm).__name__
     layer_types = set(getattr(config, "layer_types", None) or [])
-    if getattr(causal_lm, "_is_stateful", False) or layer_types & {"linear_attention", "conv", "mamba", "recurrent"}:
+    others = layer_types - {"full_attention", "sliding_attention"}
+    if getattr(causal_lm, "_is_stateful", False) or others:
+        found = f" ({', '.join(sorted(others))})" if others else ""
         raise ValueError(
-            f"{name} has recurrent or convolutional layers, whose state goes from left to right. Only attention can "
-            "read text in another order."
+            f"{name} has layers{found} other than attention over the whole text: recurrent or convolutional ones keep "
+            "a state that goes from left to right. Only attention can read text in another order."
         )
     window = getattr(config, "sliding_window", None)
     slides = "sliding_attention" in layer_types or (window is not None and not layer_types)

@@ -42,12 +42,16 @@ def block_index_from_order(order: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(order).scatter_(-1, order, expected.expand_as(order))
 
 
-def strided_steps(length: int, num_streams: int) -> torch.Tensor:
+def strided_steps(length: int, num_streams: int, staggered: bool = False) -> torch.Tensor:
     """Steps of strided decoding for `length` new positions in `num_streams` streams (ARMD, section 3.1).
 
     The positions are cut into contiguous streams whose lengths differ by at most one, longer ones first. The head of
     every stream is generated alone, in order; then all streams advance by one position per step. The number of steps
     is `num_streams + ceil(length / num_streams) - 1`.
+
+    Args:
+        staggered: not as in the paper, every stream goes on from its head at once, and the next one starts one step
+            later. That takes no more steps.
 
     Returns:
         Long tensor [length]: the step of each position.
@@ -62,6 +66,8 @@ def strided_steps(length: int, num_streams: int) -> torch.Tensor:
         )
     shorter, longer_streams = divmod(length, num_streams)
     lengths = [shorter + (stream < longer_streams) for stream in range(num_streams)]
+    if staggered:
+        return torch.cat([stream + torch.arange(size) for stream, size in enumerate(lengths)])
     steps = [
         torch.cat([torch.tensor([stream]), num_streams + torch.arange(size - 1)]) for stream, size in enumerate(lengths)
     ]

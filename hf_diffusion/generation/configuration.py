@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 DIFFUSION_FIELDS: dict[str, Any] = {
     "strategy": None,
     "num_streams": None,
+    "heads": None,
     "block_length": None,
     "block_strategy": None,
     "max_denoising_steps": None,
@@ -26,7 +27,11 @@ TOKEN_FIELDS = (
     *("eos_token_id", "bos_token_id", "pad_token_id", "forced_eos_token_id"),
     *("suppress_tokens", "begin_suppress_tokens"),
 )
-CHOICES = {"remasking": ("cap", "rescale"), "reference_sampler": ("ddpm", "ddpm_cache", "analytic")}
+CHOICES = {
+    "heads": ("first", "staggered"),
+    "remasking": ("cap", "rescale"),
+    "reference_sampler": ("ddpm", "ddpm_cache", "analytic"),
+}
 
 
 class DiffusionGenerationConfig(GenerationConfig):
@@ -52,6 +57,8 @@ class DiffusionGenerationConfig(GenerationConfig):
             - `"velocity"`: for models that have learned an order (LoMDM), the position first that is revealed at the
               highest rate.
         num_streams (`int`, *optional*): with `"strided"`, number S of streams that are written in parallel.
+        heads (`"first"` or `"staggered"`, *optional*): with `"strided"`, draw the first positions of all streams one by
+            one before any stream goes on, as in the paper (default), or let every stream go on from its own at once.
         block_length (`int`, *optional*): with `"semi_autoregressive"`, number of positions in a block.
         block_strategy (`str`, *optional*): with `"semi_autoregressive"`, how a block is filled: `"spread"` (positions
             as far apart as possible; default of ARMD), `"ancestral"`, `"first_hitting"` (defaults of MDLM),

@@ -43,6 +43,7 @@ class CausalStreamsForMaskedDiffusion(PreTrainedModelWithCode, DiffusionGenerati
     _skip_keys_device_placement = ["past_key_values"]
 
     def __init__(self, config: CausalStreamsConfig) -> None:
+        config.validate()  # `from_pretrained(..., name=value)` changes a configuration after it was checked
         super().__init__(config)
         register_wrapped_attention()
         implementation = WRAPPED if config.later_text == "wrap" else "sdpa"
@@ -74,9 +75,9 @@ class CausalStreamsForMaskedDiffusion(PreTrainedModelWithCode, DiffusionGenerati
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> MaskedDiffusionOutput:
         r"""
-        Row n of the logits predicts token n, from the tokens of earlier blocks alone: the first token of a text from the
-        gap vector, which starts as the embedding of a start token. From left to right, row n is the causal model's row
-        n - 1.
+        Row n of the logits predicts token n, from the tokens of earlier blocks alone: the first token of a text from
+        the gap vector, which starts as the embedding of a start token. From left to right, row n is the causal model's
+        row n - 1.
 
         Args:
             input_ids: long [batch, length], the text; `config.mask_token_id` at positions that are not known.

@@ -1,8 +1,8 @@
 """Which rows a causal model is given to predict tokens of a text in any order, and what each row may read.
 
-A causal model predicts a token from the row of its left neighbour. So the row of token c, at position c, which reads all
-blocks up to its own, already is the query of token c + 1, if that comes in the next block: in strided decoding it almost
-always does. Where it does not, a row is added:
+A causal model predicts a token from the row of its left neighbour. So the row of token c, at position c, which reads
+all blocks up to its own, already is the query of token c + 1, if that comes in the next block: in strided decoding it
+almost always does. Where it does not, a row is added:
 
 - the left neighbour is known longer ("stale"): its token once more at its position, reading the blocks that have come
   since as well, the keys and values of the first time in place of its own;

@@ -13,9 +13,9 @@ def keys(config: DiffusionGenerationConfig, canvas: Canvas) -> torch.Tensor:
     for count in counts.unique().tolist():
         if count:
             chosen = canvas.to_fill & (counts == count)[:, None]
-            steps = strided_steps(count, config.num_streams).to(keys.device)
+            steps = strided_steps(count, config.num_streams, config.heads == "staggered").to(keys.device)
             keys[chosen] = steps.repeat(int((counts == count).sum()))
     return keys
 
 
-STRIDED = Strategy("strided", planned(keys), frozenset({"num_streams"}), frozenset({"num_streams"}))
+STRIDED = Strategy("strided", planned(keys), frozenset({"num_streams", "heads"}), frozenset({"num_streams"}))

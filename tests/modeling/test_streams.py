@@ -1,0 +1,282 @@
+"""A causal model in parallel streams: left to right it is the model itself, in other orders it is strictly causal."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from hf_diffusion import CausalStreamsForMaskedDiffusion
+from hf_diffusion.conversion.causal_lm import from_causal_lm
+from hf_diffusion.diffusion import orders
+from hf_diffusion.modeling.rows_streams import NOTHING, plan_rows
+from hf_diffusion.modeling.wrapped_attention import wrapped_attention_forward
+
+
+VOCAB_SIZE = 31
+SIZES = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+ROTARY = {
+    "llama": {"num_key_value_heads": 2},
+    "qwen2": {"num_key_value_heads": 2},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 8},
+    "mistral": {"num_key_value_heads": 2, "sliding_window": None, "head_dim": 8},
+    "smollm3": {"num_key_value_heads": 2},
+    "gemma": {"num_key_value_heads": 1, "head_dim": 8},
+    "olmo2": {"num_key_value_heads": 2},
+    "phi": {"num_key_value_heads": 4},
+    "phi3": {"num_key_value_heads": 2},
+    "cohere": {"num_key_value_heads": 2},
+    "granite": {"num_key_value_heads": 2},
+    "starcoder2": {"num_key_value_heads": 2},
+    "stablelm": {"num_key_value_heads": 2},
+    "glm4": {"num_key_value_heads": 2, "head_dim": 8},
+    "gpt_neox": {},
+}
+ABSOLUTE = {"gpt2": {"n_inner": 48}, "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32}}
+ALL_MODELS = {**ROTARY, **ABSOLUTE}
+
+
+def causal(name, dtype=torch.float32, **settings):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, **{**SIZES, **ALL_MODELS[name], **settings})
+    return AutoModelForCausalLM.from_config(config).to(dtype).eval()
+
+
+def text(batch, length):
+    return torch.randint(3, VOCAB_SIZE, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def block_index(ids, given, steps):
+    return orders.after_given(torch.cat([-torch.ones(given, dtype=torch.long), steps]).expand_as(ids), ids >= 0)
+
+
+def mode_of(name):
+    return "wrap" if name in ROTARY else "native"
+
+
+@pytest.fixture(autouse=True)
+def without_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("name", ALL_MODELS)
+class TestEveryModel:
+    def test_left_to_right_it_is_the_model_itself(self, name):
+        model, ids = causal(name), text(2, 12)
+        expected = model(ids).logits
+        greedy = model.generate(ids[:, :4], max_new_tokens=9, do_sample=False, pad_token_id=0)
+        streams = from_causal_lm(model, later_text=mode_of(name))
+        assert torch.equal(streams(ids).logits[:, 1:], expected[:, :-1])
+        drawn = streams.generate(ids[:, :4], max_new_tokens=9, do_sample=False, pad_token_id=0)
+        assert torch.equal(drawn, greedy)
+        assert streams.base_model is model
+        assert torch.equal(model(ids).logits, expected)
+
+    @pytest.mark.parametrize("strategy", [{"num_streams": 2}, {"num_streams": 4}], ids=str)
+    def test_cached_decoding_is_the_teacher_forced_pass(self, name, strategy):
+        streams, ids = from_causal_lm(causal(name, torch.float64), later_text=mode_of(name)), text(2, 4)
+        output = streams.generate(
+            ids,
+            strategy="strided",
+            max_new_tokens=10,
+            seed=1,
+            eos_token_id=None,
+            return_dict_in_generate=True,
+            output_logits=True,
+            **strategy,
+        )
+        assert output.nfe == strategy["num_streams"] + -(-10 // strategy["num_streams"]) - 1
+        blocks = block_index(output.sequences, 4, orders.strided_steps(10, strategy["num_streams"]))
+        whole = streams(output.sequences, block_index=blocks).logits[:, 4:]
+        torch.testing.assert_close(torch.stack(output.logits, dim=1), whole, rtol=0, atol=1e-10)
+
+    def test_no_token_reads_its_own_block_or_a_later_one(self, name):
+        streams, ids = from_causal_lm(causal(name, torch.float64), later_text=mode_of(name)), text(1, 12)
+        blocks = block_index(ids, 3, orders.strided_steps(9, 3))
+        expected = streams(ids, block_index=blocks).logits[0]
+        for block in range(3, int(blocks.max()) + 1):
+            changed = torch.where(blocks >= block, (ids + 5) % VOCAB_SIZE, ids)
+            logits = streams(changed, block_index=blocks).logits[0]
+            until = blocks[0] <= block
+            torch.testing.assert_close(logits[until], expected[until], rtol=0, atol=1e-12)
+            if block < int(blocks.max()):
+                assert (logits[~until] - expected[~until]).abs().max() > 1e-3
+
+
+def test_text_on_the_right_is_read_as_each_way_says():
+    """The last token is known first; a row reads it at its own distance, at that plus the length, or not at all."""
+    ids, order = text(1, 8), torch.tensor([[0, 2, 3, 4, 5, 6, 7, 1]])
+    logits = {}
+    for later_text in ("wrap", "native", "hide"):
+        streams = from_causal_lm(causal("llama", torch.float64), later_text=later_text)
+        logits[later_text] = streams(ids, block_index=order).logits[0, 2:7]
+    hidden = causal("llama", torch.float64)(ids).logits[0, 1:6]
+    torch.testing.assert_close(logits["hide"], hidden)
+    assert all((logits[name] - hidden).abs().max() > 1e-3 for name in ("wrap", "native"))
+    assert (logits["wrap"] - logits["native"]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["llama", "phi", "cohere", "glm4"])
+def test_a_wrapped_distance_is_that_of_a_text_put_in_front(name):
+    """In one layer, reading the last token at the distance plus C is reading it C positions earlier."""
+    model, ids = causal(name, torch.float64, num_hidden_layers=1), text(1, 8)
+    streams = from_causal_lm(model)
+    logits = streams(ids, block_index=torch.tensor([[1, 2, 3, 4, 5, 6, 7, 0]])).logits[0, 1:7]
+    in_front = torch.cat([ids[:, 7:], ids[:, :6]], dim=1)
+    positions = torch.tensor([[7, 8, 9, 10, 11, 12, 13]])  # 8, the length, before the first: 7 - 8 = -1 from 0
+    expected = model(in_front, position_ids=positions).logits[0, 1:]
+    torch.testing.assert_close(logits, expected, rtol=0, atol=2e-6)  # rotary angles are float32
+
+
+def test_wrapped_attention_is_softmax_over_both_distances():
+    torch.manual_seed(0)
+    module = causal("llama").model.layers[0].self_attn
+    rotary = causal("llama").model.rotary_emb
+    query, key, value = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
+
+    def turned(states, positions):
+        cos, sin = (part[:, None] for part in rotary(states, torch.tensor([positions])))
+        half = torch.cat([-states[..., 4:], states[..., :4]], dim=-1)
+        return states * cos + half * sin
+
+    places, key_places, length = [2, 3, 4], [0, 1, 2, 3, 6], 7
+    right = torch.tensor([[[[k > q for k in key_places] for q in places]]])
+    reads = torch.rand(1, 1, 3, 5) > 0.3
+    reads[..., 2] = True
+    rotated_query, rotated_key = turned(query, places), turned(key, key_places)
+    output, _ = wrapped_attention_forward(
+        module,
+        rotated_query,
+        rotated_key,
+        value,
+        reads,
+        on_the_right=right & reads,
+        turn=rotary(query, torch.tensor([[length]])),
+        scaling=0.5,
+    )
+    once_more = turned(query, [place + length for place in places])
+    keys, values = (states.repeat_interleave(2, dim=1) for states in (rotated_key, value))
+    scores = 0.5 * torch.where(right, once_more @ keys.mT, rotated_query @ keys.mT)
+    expected = scores.masked_fill(~reads, -torch.inf).softmax(-1) @ values
+    torch.testing.assert_close(output.transpose(1, 2), expected, rtol=1e-4, atol=1e-5)
+
+
+class TestRows:
+    def plan(self, blocks, **others):
+        blocks = torch.tensor([blocks])
+        masked = torch.zeros_like(blocks, dtype=torch.bool)
+        return plan_rows(masked, None, blocks, others.get("query_positions"), None)
+
+    def test_left_to_right_needs_no_row_but_those_of_the_tokens(self):
+        rows = self.plan([0, 1, 2, 3, 4])
+        assert rows.plain
+        assert rows.token.tolist() == [[0, 1, 2, 3, 4]]
+        assert rows.answer.tolist() == [[-1, 0, 1, 2, 3]]
+
+    @pytest.mark.parametrize("seed", range(20))
+    def test_every_target_is_answered_by_its_left_neighbour_and_reads_all_earlier_blocks(self, seed):
+        generator = torch.Generator().manual_seed(seed)
+        blocks = torch.randint(4, (9,), generator=generator).unique(return_inverse=True)[1]
+        rows = self.plan(blocks.tolist())
+        for target in range(1, 9):
+            row = int(rows.answer[0, target])
+            assert int(rows.token[0, row]) == int(rows.position[0, row]) == target - 1
+            assert int(rows.reads_before[0, row]) == int(blocks[target])
+            assert bool(rows.is_gap[0, row]) == (blocks[target - 1] >= blocks[target])
+        num_added = sum(int(blocks[p - 1]) != int(blocks[p]) - 1 for p in range(1, 9))
+        assert rows.token.shape[1] == 9 + num_added
+
+    def test_streams_add_rows_for_their_heads_and_what_follows_these(self):
+        steps = orders.strided_steps(256, 4)
+        rows = self.plan(
+            orders.after_given(torch.cat([torch.tensor([-1]), steps])[None], torch.ones(1, 257, dtype=torch.bool))[
+                0
+            ].tolist()
+        )
+        assert rows.token.shape[1] - 257 == 2 * (4 - 1)
+
+    def test_rows_of_a_ragged_batch(self):
+        blocks = torch.tensor([[0, 1, 2, 3], [0, 2, 1, 3]])
+        rows = plan_rows(torch.zeros(2, 4, dtype=torch.bool), None, blocks, None, None)
+        assert rows.token.shape == (2, 4 + 3)
+        assert rows.token[0, 4:].tolist() == [NOTHING] * 3
+
+
+def test_saved_model_comes_back_and_the_causal_model_saves_as_itself(tmp_path):
+    model = causal("llama")
+    streams, ids = from_causal_lm(model, later_text="wrap"), text(1, 9)
+    blocks = block_index(ids, 1, orders.strided_steps(8, 2))
+    streams.save_pretrained(tmp_path / "streams")
+    loaded = CausalStreamsForMaskedDiffusion.from_pretrained(tmp_path / "streams")
+    torch.testing.assert_close(loaded(ids, block_index=blocks).logits, streams(ids, block_index=blocks).logits)
+    streams.base_model.save_pretrained(tmp_path / "causal")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "causal")
+    assert type(plain) is LlamaForCausalLM
+    torch.testing.assert_close(plain(ids).logits, model(ids).logits)
+
+
+def test_from_a_folder(tmp_path):
+    model = causal("qwen2")
+    model.save_pretrained(tmp_path)
+    streams, ids = from_causal_lm(tmp_path), text(1, 9)
+    torch.testing.assert_close(streams(ids).logits, from_causal_lm(model)(ids).logits)
+    assert torch.equal(streams.gap, model.get_input_embeddings().weight[1])
+
+
+@pytest.mark.parametrize(
+    ("config", "arguments", "message"),
+    [
+        (("gpt2", {}), {}, '`later_text="wrap"` turns rotary positions, and GPT2LMHeadModel has none.*"hide"'),
+        (("bloom", {}), {"later_text": "hide"}, "ALiBi"),
+        (("mistral", {"sliding_window": 16}), {}, "sliding windows .`sliding_window`=16."),
+        (("mamba", {}), {"later_text": "hide"}, "recurrent or convolutional"),
+        (
+            ("lfm2", {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}),
+            {"later_text": "hide"},
+            "recurrent or convolutional",
+        ),
+        (
+            ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
+            {},
+            "frequencies of LlamaForCausalLM change with the length",
+        ),
+        (("llama", {}), {"gap_token_id": 99}, "`gap_token_id` must be a token of the vocabulary.*99"),
+        (("llama", {}), {"later_text": "mirror"}, "later_text"),
+        (("llama", {}), {"dtype": "float32"}, "`dtype` is for loading"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_what_cannot_work_is_refused(config, arguments, message):
+    name, settings = config
+    sizes = {key: value for key, value in SIZES.items() if key != "intermediate_size" or name != "mamba"}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**sizes, **settings}))
+    with pytest.raises(ValueError, match=message):
+        from_causal_lm(model, **arguments)
+
+
+def test_uneven_prompts_and_gaps_of_a_batch_are_what_each_row_would_be_alone():
+    streams = from_causal_lm(causal("llama", torch.float64))
+    mask = streams.config.mask_token_id
+    ids = torch.tensor([[0, 0, 5, 6, 7, mask, mask, 9], [4, 5, mask, 7, mask, mask, mask, 8]])
+    real = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1] * 8])
+    arguments = {"max_new_tokens": 5, "strategy": "strided", "num_streams": 2, "eos_token_id": None}
+    together = streams.generate(ids, attention_mask=real, seed=[3, 4], **arguments)
+    alone = [
+        streams.generate(row[row > 0][None], seed=seed, **arguments) for row, seed in zip(ids, (3, 4), strict=True)
+    ]
+    assert torch.equal(together[0, 2:], alone[0][0])
+    assert torch.equal(together[1], alone[1][0])
+
+
+def test_llama_config_is_what_stands_in_where_none_is_given():
+    assert isinstance(CausalStreamsForMaskedDiffusion.config_class().causal_lm_config, LlamaConfig)
