@@ -31,6 +31,17 @@ def test_strided_steps_number_heads_plus_the_longest_stream(length):
         assert lengths.max() - lengths.min() <= 1
 
 
+@pytest.mark.parametrize("length", [1, 5, 8, 13])
+def test_staggered_streams_start_one_step_after_another_and_take_no_more_steps(length):
+    for num_streams in range(1, length + 1):
+        first, staggered = (orders.strided_steps(length, num_streams, later) for later in (False, True))
+        assert staggered.max() <= first.max()
+        assert staggered.unique().tolist() == list(range(int(staggered.max()) + 1))
+        heads = [int((first == stream).nonzero()) for stream in range(num_streams)]
+        for stream, (head, end) in enumerate(zip(heads, [*heads[1:], length], strict=True)):
+            assert staggered[head:end].tolist() == list(range(stream, stream + end - head))
+
+
 @pytest.mark.parametrize("num_streams", [0, -1, 6])
 def test_strided_steps_refuse_more_streams_than_positions(num_streams):
     with pytest.raises(ValueError, match="num_streams.*max_new_tokens"):
