@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_diffusion import CausalStreamsForMaskedDiffusion
-from hf_diffusion.conversion.causal_lm import from_causal_lm
+from hf_diffusion.conversion import from_causal_lm
 from hf_diffusion.diffusion import orders
 from hf_diffusion.modeling.rows_streams import NOTHING, plan_rows
 from hf_diffusion.modeling.wrapped_attention import wrapped_attention_forward
