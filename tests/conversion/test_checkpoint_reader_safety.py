@@ -4,6 +4,7 @@ import contextlib
 import functools
 import pickle
 import sys
+import threading
 
 import pytest
 import torch
@@ -72,11 +73,13 @@ def other_payloads(marker):
 
 @functools.cache
 def audit_log():
-    """A list that, while it has a list inside, collects there what Python imports, compiles and runs."""
+    """A list that, while it has a list inside, collects there what Python imports, compiles and runs in this thread."""
     log: list[list[str]] = []
+    thread = threading.get_ident()  # others belong to the test runner
 
     def hook(event, arguments):
-        if log and event in ("import", "exec", "compile", "os.system", "subprocess.Popen"):
+        watched = event in ("import", "exec", "compile", "os.system", "subprocess.Popen")
+        if log and watched and threading.get_ident() == thread:
             log[0].append(event)
 
     sys.addaudithook(hook)  # for good, hence once
