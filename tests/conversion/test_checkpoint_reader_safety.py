@@ -1,6 +1,7 @@
 """Files that are meant to do harm: whatever a pickle asks for, nothing is run, imported, or read out of bounds."""
 
 import contextlib
+import encodings.cp437  # noqa: F401 - zipfile imports it when it first reads a name
 import functools
 import pickle
 import sys
