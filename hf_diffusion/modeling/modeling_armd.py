@@ -14,7 +14,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
     apply_rotary_pos_emb,
@@ -33,6 +33,7 @@ from .masks import NOWHERE
 from .masks_armd import Attend, plan_attention
 from .outputs import MaskedDiffusionOutput, QueryModelOutput
 from .prefix_aggregation import PositionEncoding, aggregate_causally, aggregate_visible, prefix_state
+from .pretrained import CheckedPreTrainedModel
 from .rows_armd import START, UNKNOWN, Canvas, Rows, plan_rows, read_canvas
 
 
@@ -145,7 +146,7 @@ def _residual_std(config: ARMDConfig) -> float:
     return config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
 
 
-class ARMDPreTrainedModel(PreTrainedModel):
+class ARMDPreTrainedModel(CheckedPreTrainedModel):
     config: ARMDConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -154,10 +155,6 @@ class ARMDPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-
-    def __init__(self, config: ARMDConfig) -> None:
-        config.validate()  # `from_pretrained(..., name=value)` changes a configuration after it was checked
-        super().__init__(config)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -197,6 +194,8 @@ class ARMDModel(ARMDPreTrainedModel):
     ) -> QueryModelOutput:
         """See `ARMDForMaskedDiffusion.forward`; returns hidden states in place of logits."""
         cache = past_key_values
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         canvas, rows = self._plan(input_ids, attention_mask, block_index, query_positions, cache)
         num_content, num_query = rows.content.shape[1], rows.query.shape[1]
         positions = torch.cat([_take(canvas.position, rows.content, 0), _take(canvas.position, rows.query, 0)], dim=1)
@@ -264,7 +263,7 @@ class ARMDModel(ARMDPreTrainedModel):
         input_ids = input_ids.masked_fill(unread, 0)
         content = self.embed_tokens(_take(input_ids, rows.content, 0))
         content = torch.where((rows.content == START)[..., None], self.start.to(content.dtype), content)
-        encoding = self.position_encoding(positions)
+        encoding = self.position_encoding(positions, content.dtype)
         content_encoding, query_encoding = encoding.split([rows.content.shape[1], rows.query.shape[1]], dim=1)
 
         later_pass = cache is not None and cache.num_passes > 0
