@@ -147,10 +147,8 @@ def _tensors(path: Path) -> set[str]:
 def _holders(name: str, source: str | os.PathLike, options: dict[str, Any]) -> str:
     """The file that holds a tensor or, by the index, should; all files if its name does not say."""
     paths, shards = _files(source, options), _shards(source, options)
-    holders: list[Any] = (
-        [path for path in paths if shards.get(name) == path or name in _tensors(path)] or paths or [source]
-    )
-    return ", ".join(f"`{path}`" for path in holders)
+    holders = [path for path in paths if shards.get(name) == path or name in _tensors(path)]
+    return ", ".join(f"`{path}`" for path in holders or paths) or f"`{source}`"
 
 
 def _and_more(names: Iterable) -> str:
