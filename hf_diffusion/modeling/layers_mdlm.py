@@ -34,7 +34,7 @@ class NoiseEmbedding(nn.Module):
         half = NUM_SINUSOIDS // 2
         steps = torch.arange(half, device=sigma.device, dtype=torch.float32)
         angles = sigma.float()[:, None] * torch.exp(-math.log(10000) / half * steps)
-        code = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.in_proj.weight.dtype)
+        code = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.in_proj.bias.dtype)  # quantisation spares it
         # In full precision also under autocast, as published: an error here shifts the whole network.
         with torch.autocast(sigma.device.type, enabled=False):
             return F.silu(self.out_proj(F.silu(self.in_proj(code))))

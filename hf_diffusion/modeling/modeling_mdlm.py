@@ -61,7 +61,7 @@ class MDLMModel(PublishedModel):
         Args:
             sigma, t: as in `MDLMForMaskedDiffusion.forward`.
         """
-        conditioning = self.noise_embedding(read_noise_level(self.config, sigma, t, self.embed_tokens.weight.device))
+        conditioning = self.noise_embedding(read_noise_level(self.config, sigma, t, self.device))
         modules: list[Any] = [*(layer.modulation for layer in self.layers), self.final_shift_scale]
         return tuple(module(conditioning)[:, None] for module in modules)
 
@@ -84,6 +84,8 @@ class MDLMModel(PublishedModel):
             clean_ids: long [batch, length], for models with `block_size`: the text that `input_ids` has been made of.
                 Every block of `input_ids` then reads itself and the blocks of `clean_ids` before it.
         """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         conditioning = None
         if modulations is None:
             conditioning = self.noise_embedding(
