@@ -25,6 +25,7 @@ from transformers.utils.generic import can_return_tuple
 from ..diffusion.canvas import read_labels
 from ..generation.configuration import DiffusionGenerationConfig
 from ..generation.mixin import DiffusionGenerationMixin
+from .absent_arguments import without_absent_arguments
 from .cache_armd import ARMDCache
 from .configuration_armd import ARMDConfig
 from .initial_std import init_with_own_std, linear_with_std
@@ -304,6 +305,7 @@ class ARMDForMaskedDiffusion(ARMDPreTrainedModel, DiffusionGenerationMixin):
         self.post_init()
 
     @can_return_tuple
+    @without_absent_arguments
     def forward(
         self,
         input_ids: torch.Tensor,

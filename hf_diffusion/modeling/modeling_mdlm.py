@@ -18,6 +18,7 @@ from ..diffusion.masking import NoisedText, draw_noised_text
 from ..generation.configuration import DiffusionGenerationConfig
 from ..generation.mixin import DiffusionGenerationMixin
 from ..generation.strategies.filling import Filling
+from .absent_arguments import without_absent_arguments
 from .approximate_cache_mdlm import ApproximateMDLMCache, rows_not_kept
 from .blocks_mdlm import next_rows, two_copies
 from .cache_mdlm import MDLMCache
@@ -220,6 +221,7 @@ class MDLMForMaskedDiffusion(PublishedModelWithHead, DiffusionGenerationMixin):
         return {"t": schedule.time_at_mask_probability(level * most).clamp(0, 1)}
 
     @can_return_tuple
+    @without_absent_arguments
     def forward(
         self,
         input_ids: torch.Tensor,
