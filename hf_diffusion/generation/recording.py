@@ -14,13 +14,17 @@ class Recording:
 
     Args:
         to_fill: bool [batch, length].
+
+    Attributes:
+        steps: long [batch, length], the row's pass in which each token was drawn; -1 where none was.
+        log_probability: float64 [batch, length], of each token under the model's law when it was drawn, in nats.
     """
 
     def __init__(self, to_fill: torch.Tensor, config: DiffusionGenerationConfig) -> None:
         self.config = config
         self.first = _first_column(to_fill)
         self.steps = torch.full_like(to_fill, -1, dtype=torch.long)
-        self.confidence = torch.ones_like(to_fill, dtype=torch.float32)
+        self.log_probability = torch.zeros_like(to_fill, dtype=torch.float64)
         self._scores: torch.Tensor | None = None
         self._logits: torch.Tensor | None = None
         self._hidden_states: list[torch.Tensor] = []
@@ -42,8 +46,7 @@ class Recording:
             passes: [batch], the number of this pass of each row.
         """
         self.steps = torch.where(drawn, passes[:, None], self.steps)
-        probabilities = logits.log_softmax(dim=-1).gather(-1, tokens[:, None])[:, 0].exp()
-        self.confidence[drawn] = probabilities.to(self.confidence.dtype)
+        self.log_probability[drawn] = logits.log_softmax(dim=-1).gather(-1, tokens[:, None])[:, 0].double()
         if self.config.output_scores:
             self._scores = self._put(self._scores, drawn, scores, -torch.inf)
         if self.config.output_logits:
@@ -70,7 +73,7 @@ class Recording:
         states = [buffer[:, : width - self.first, None].unbind(dim=1) for buffer in self._hidden_states]
         return {
             "steps": self.steps[:, :width].masked_fill(~generated, -1),
-            "confidence": self.confidence[:, :width].masked_fill(~generated, 1),
+            "confidence": self.log_probability[:, :width].exp().float().masked_fill(~generated, 1),
             "scores": _with_certainty(self._scores, certain) if self.config.output_scores else None,
             "logits": _with_certainty(self._logits, certain) if self.config.output_logits else None,
             "hidden_states": tuple(zip(*states, strict=True)) if states else None,
