@@ -164,6 +164,7 @@ class ARMDPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _keep_in_fp32_modules = ["position_encoding.proj"]  # small, and every query is a sum over it: never quantised
 
     def __init__(self, config: ARMDConfig) -> None:
         config.validate()  # `from_pretrained(..., name=value)` changes a configuration after it was checked
@@ -299,7 +300,7 @@ class ARMDModel(ARMDNetwork):
         input_ids = input_ids.masked_fill(unread, 0)
         content = self.embed_tokens(_take(input_ids, rows.content, 0))
         content = torch.where((rows.content == START)[..., None], self.start.to(content.dtype), content)
-        encoding = self.position_encoding(positions)
+        encoding = self.position_encoding(positions, content.dtype)
         content_encoding, query_encoding = encoding.split([rows.content.shape[1], rows.query.shape[1]], dim=1)
 
         later_pass = cache is not None and cache.num_passes > 0

@@ -62,7 +62,9 @@ class MDLMModel(PublishedModel):
         Args:
             sigma, t: as in `MDLMForMaskedDiffusion.forward`.
         """
-        conditioning = self.noise_embedding(read_noise_level(self.config, sigma, t, self.embed_tokens.weight.device))
+        conditioning = self.noise_embedding(
+            read_noise_level(self.config, sigma, t, self.embed_tokens.weight.device), self.embed_tokens.weight.dtype
+        )
         modules: list[Any] = [*(layer.modulation for layer in self.layers), self.final_shift_scale]
         return tuple(module(conditioning)[:, None] for module in modules)
 
@@ -88,7 +90,8 @@ class MDLMModel(PublishedModel):
         conditioning = None
         if modulations is None:
             conditioning = self.noise_embedding(
-                read_noise_level(self.config, sigma, t, input_ids.device, input_ids.shape[0])
+                read_noise_level(self.config, sigma, t, input_ids.device, input_ids.shape[0]),
+                self.embed_tokens.weight.dtype,
             )
         elif sigma is not None or t is not None:
             raise ValueError("`modulations` hold the noise level already: leave out `sigma` and `t`.")
