@@ -61,6 +61,7 @@ class LoMDMForMaskedDiffusion(MDLMForMaskedDiffusion):
     """An MDLM with a scheduler head for the forward and one for the reverse process."""
 
     config: LoMDMConfig
+    _no_split_modules = ["PreNormLayer"]  # of the heads; the network adds its own
     learns_order = True
 
     def __init__(self, config: LoMDMConfig) -> None:

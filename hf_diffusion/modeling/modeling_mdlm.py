@@ -40,6 +40,7 @@ class MDLMModel(PublishedModel):
     """The network without its head: one hidden state per position."""
 
     config: MDLMConfig
+    _no_split_modules = ["MDLMLayer"]
 
     def __init__(self, config: MDLMConfig) -> None:
         super().__init__(config)

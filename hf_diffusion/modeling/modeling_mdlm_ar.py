@@ -24,6 +24,7 @@ class MDLMARModel(PublishedModel):
     """The network without its head: one hidden state per position."""
 
     config: MDLMARConfig
+    _no_split_modules = ["PreNormLayer"]
 
     def __init__(self, config: MDLMARConfig) -> None:
         super().__init__(config)

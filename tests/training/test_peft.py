@@ -1,12 +1,15 @@
 """LoRA by PEFT on every family: what is adapted, trained, saved, loaded, merged, switched, and what is written."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from families import FAMILIES, NUM_TOKENS
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from transformers import AutoModel, Trainer, TrainingArguments
 
 from hf_diffusion import MDLMARConfig, MDLMARForCausalLM
@@ -66,6 +69,15 @@ class TestDefaultTargets:
         config = MDLMARConfig(vocab_size=23, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
         model = get_peft_model(MDLMARForCausalLM(config), LoraConfig(task_type=TaskType.CAUSAL_LM))
         assert len(model.targeted_module_names) == 2 * len(LINEAR_LAYERS)
+
+    def test_are_those_that_the_docs_state(self):
+        page = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+        stated = {
+            model_type: set(re.findall(r"`(\w+)`", targets))
+            for model_type, targets in re.findall(r"^\| `(\w+)` \| (.*) \|$", page, re.MULTILINE)
+        }
+        names = ("armd", "mdlm", "lomdm", "mdlm_ar")
+        assert stated == {name: set(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[name]) for name in names}
 
     def test_are_told_to_peft_when_it_is_imported(self):
         code = "import sys; import transformers; finders = list(sys.meta_path);"

@@ -85,4 +85,4 @@ def test_encodings_stay_in_float32_in_a_model_of_half_precision(family, tmp_path
     }
     logits, expected = model(text()).logits, family.model()(text()).logits
     assert logits.dtype == torch.float16
-    torch.testing.assert_close(logits.float(), expected, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(logits.float(), expected, rtol=3e-2, atol=0.1)
