@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from families import FAMILIES
 from safetensors.torch import load_file
 from transformers import AutoModel
 
@@ -33,8 +34,6 @@ FSDP2 = ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSF
 FSDP2 += ["--fsdp_state_dict_type", "SHARDED_STATE_DICT", "--fsdp_cpu_ram_efficient_loading", "false"]
 KINDS = {"alone": ["--cpu"], "ddp": DDP, "fsdp2": FSDP2}
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
@@ -54,14 +53,27 @@ def start(kind, family, text, output, *switches, **settings):
     command += [*program, "train", "--text", str(text), "--output", str(output), *switches]
     command += [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    log = Path(f"{output}.log").open("a")
-    return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+    with Path(f"{output}.log").open("a") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
 
 def train(kind, family, text, output, *switches, **settings):
     process = start(kind, family, text, output, *switches, **settings)
-    assert process.wait(timeout=300) == 0, Path(f"{output}.log").read_text()[-3000:]
+    try:
+        assert process.wait(timeout=300) == 0, Path(f"{output}.log").read_text()[-3000:]
+    except subprocess.TimeoutExpired:
+        kill(process)
+        raise
     return json.loads((output / "results.json").read_text())["validation_loss_nats_per_token"]
+
+
+def kill(process):
+    """SIGKILL for the launcher and everything that it has started: nobody can tidy up."""
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for member in family:
+        member.kill()
+    process.wait()
+    psutil.wait_procs(family)
 
 
 def losses_while_training(output, step):
@@ -74,17 +86,26 @@ def losses_while_training(output, step):
     }
 
 
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_layers_to_be_sharded_are_in_the_model(family):
+    # Accelerate raises for a name that it does not find.
+    model = family.model()
+    names = {type(module).__name__ for module in model.modules()}
+    assert model._no_split_modules <= names
+    assert {name for name in names if name.endswith("Layer")} == model._no_split_modules
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "learning_rate", "kinds"),
     # Each process of MDLM and LoMDM draws its own masks, so only what no step has changed can be the same.
     [("armd", 1.5e-3, ["ddp", "fsdp2"]), ("mdlm", 1e-12, ["ddp", "fsdp2"]), ("lomdm", 1e-12, ["fsdp2"])],
 )
 def test_two_processes_get_the_loss_of_one(family, learning_rate, kinds, text, tmp_path):
+    settings = {"steps": 10, "evaluate_every": 10, "learning_rate": learning_rate}
     results, while_training = {}, {}
     for kind in ["alone", *kinds]:
-        results[kind] = train(
-            kind, family, text, tmp_path / kind, steps=10, evaluate_every=10, learning_rate=learning_rate
-        )
+        results[kind] = train(kind, family, text, tmp_path / kind, **settings)
         while_training[kind] = losses_while_training(tmp_path / kind, 10)
     for kind in kinds:
         assert results[kind] == pytest.approx(results["alone"], rel=1e-4)
@@ -93,15 +114,7 @@ def test_two_processes_get_the_loss_of_one(family, learning_rate, kinds, text, t
             assert while_training[kind] == pytest.approx(while_training["alone"], rel=1e-4)
 
 
-def kill(process):
-    """SIGKILL for the launcher and everything that it has started: nobody can tidy up."""
-    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for member in family:
-        member.kill()
-    process.wait()
-    psutil.wait_procs(family)
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_killed_in_mid_epoch_and_resumed_training_ends_where_uninterrupted_training_does(kind, text, tmp_path):
     settings = {"steps": 24, "evaluate_every": 6, "dropout": 0.1}

@@ -82,17 +82,12 @@ class TestDefaultTargets:
     def test_are_told_to_peft_when_it_is_imported(self):
         code = "import sys; import transformers; finders = list(sys.meta_path);"
         code += "import hf_diffusion; hf_diffusion.register_lora_targets(); print('peft' in sys.modules);"
-        code += "from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as table;"
-        code += (
-            "print([sorted(table[name]) for name in ('armd', 'mdlm', 'lomdm', 'mdlm_ar')], sys.meta_path == finders)"
-        )
+        code += TABLE + "print([sorted(table[name]) for name in ('armd', 'mdlm', 'lomdm', 'mdlm_ar')]);"
+        code += "print(sys.meta_path == finders)"
         assert run(code) == f"False\n{[sorted(LINEAR_LAYERS)] * 4}\nTrue\n"
 
     def test_are_told_to_peft_if_it_is_there_already_and_what_the_user_has_chosen_stays(self):
-        code = (
-            "import peft; from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as table;"
-        )
-        code += "table['armd'] = ['q_proj']; import hf_diffusion; "
+        code = f"import peft; {TABLE} table['armd'] = ['q_proj']; import hf_diffusion; "
         code += "print(table['armd'], 'mdlm' in table)"
         assert run(code).strip() == "['q_proj'] True"
 
