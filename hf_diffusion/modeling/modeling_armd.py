@@ -26,6 +26,7 @@ from transformers.utils.generic import can_return_tuple
 from ..diffusion.canvas import read_labels
 from ..generation.configuration import DiffusionGenerationConfig
 from ..generation.mixin import DiffusionGenerationMixin
+from .absent_arguments import without_absent_arguments
 from .cache_armd import ARMDCache
 from .configuration_armd import ARMDConfig
 from .initial_std import init_with_own_std, linear_with_std
@@ -166,6 +167,7 @@ class ARMDPreTrainedModel(CheckedPreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _keep_in_fp32_modules = ["position_encoding.proj"]  # small, and every query is a sum over it: never quantised
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -346,6 +348,7 @@ class ARMDForMaskedDiffusion(ARMDNetworkWithHead, DiffusionGenerationMixin):
     reads_block_index = True
 
     @can_return_tuple
+    @without_absent_arguments
     def forward(
         self,
         input_ids: torch.Tensor,

@@ -19,6 +19,7 @@ from ..diffusion.order_bound import bound_terms, rloo_loss
 from ..diffusion.order_diagnostics import diagnostics
 from ..diffusion.order_masks import OrderEstimator, check_estimator, check_uniforms, draw_masks
 from ..generation.strategies.filling import Filling
+from .absent_arguments import without_absent_arguments
 from .configuration_lomdm import LoMDMConfig
 from .inputs_mdlm import check_no_masks, read_text
 from .layers_mdlm import take_rows
@@ -63,6 +64,7 @@ class LoMDMForMaskedDiffusion(MDLMForMaskedDiffusion):
     family = "LoMDM, an MDLM that learns the order of generation"
     paper = "https://arxiv.org/abs/2602.02112"
     config: LoMDMConfig
+    _no_split_modules = ["PreNormLayer"]  # of the heads; the network adds its own
     learns_order = True
 
     def __init__(self, config: LoMDMConfig) -> None:
@@ -105,6 +107,7 @@ class LoMDMForMaskedDiffusion(MDLMForMaskedDiffusion):
         return {**super().inputs_of_all_passes(filling), "output_exponents": filling.reads_exponents}
 
     @can_return_tuple
+    @without_absent_arguments
     def forward(  # type: ignore[override]  # noise levels and caches are not for this model
         self,
         input_ids: torch.Tensor,

@@ -18,6 +18,7 @@ from ..diffusion.masking import NoisedText, draw_noised_text
 from ..generation.configuration import DiffusionGenerationConfig
 from ..generation.mixin import DiffusionGenerationMixin
 from ..generation.strategies.filling import Filling
+from .absent_arguments import without_absent_arguments
 from .approximate_cache_mdlm import ApproximateMDLMCache, rows_not_kept
 from .blocks_mdlm import next_rows, two_copies
 from .cache_mdlm import MDLMCache
@@ -39,6 +40,7 @@ class MDLMModel(PublishedModel):
     """The network without its head: one hidden state per position."""
 
     config: MDLMConfig
+    _no_split_modules = ["MDLMLayer"]
 
     def __init__(self, config: MDLMConfig) -> None:
         super().__init__(config)
@@ -61,7 +63,8 @@ class MDLMModel(PublishedModel):
         Args:
             sigma, t: as in `MDLMForMaskedDiffusion.forward`.
         """
-        conditioning = self.noise_embedding(read_noise_level(self.config, sigma, t, self.device))
+        noise_level = read_noise_level(self.config, sigma, t, self.device)
+        conditioning = self.noise_embedding(noise_level, self.embed_tokens.weight.dtype)
         modules: list[Any] = [*(layer.modulation for layer in self.layers), self.final_shift_scale]
         return tuple(module(conditioning)[:, None] for module in modules)
 
@@ -89,7 +92,8 @@ class MDLMModel(PublishedModel):
         conditioning = None
         if modulations is None:
             conditioning = self.noise_embedding(
-                read_noise_level(self.config, sigma, t, input_ids.device, input_ids.shape[0])
+                read_noise_level(self.config, sigma, t, input_ids.device, input_ids.shape[0]),
+                self.embed_tokens.weight.dtype,
             )
         elif sigma is not None or t is not None:
             raise ValueError("`modulations` hold the noise level already: leave out `sigma` and `t`.")
@@ -222,6 +226,7 @@ class MDLMForMaskedDiffusion(PublishedModelWithHead, DiffusionGenerationMixin):
         return {"t": schedule.time_at_mask_probability(level * most).clamp(0, 1)}
 
     @can_return_tuple
+    @without_absent_arguments
     def forward(
         self,
         input_ids: torch.Tensor,

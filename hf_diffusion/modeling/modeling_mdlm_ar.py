@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple
 
+from .absent_arguments import without_absent_arguments
 from .configuration_mdlm_ar import MDLMARConfig
 from .layers_mdlm import PreNormLayer
 from .loss import chunked_cross_entropy
@@ -24,6 +25,7 @@ class MDLMARModel(PublishedModel):
     """The network without its head: one hidden state per position."""
 
     config: MDLMARConfig
+    _no_split_modules = ["PreNormLayer"]
 
     def __init__(self, config: MDLMARConfig) -> None:
         super().__init__(config)
@@ -82,6 +84,7 @@ class MDLMARForCausalLM(PublishedModelWithHead, GenerationMixin):
     model_class = MDLMARModel
 
     @can_return_tuple
+    @without_absent_arguments
     def forward(
         self,
         input_ids: torch.Tensor,

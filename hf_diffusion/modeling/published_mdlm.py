@@ -23,12 +23,12 @@ class PublishedModel(CheckedPreTrainedModel):
     paper = "https://arxiv.org/abs/2406.07524"
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["MDLMLayer", "PreNormLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _keep_in_fp32_modules = ["noise_embedding.in_proj", "noise_embedding.out_proj"]  # nor are they ever quantised
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$"]  # published files hold it; the config says it
 
     @torch.no_grad()
