@@ -14,13 +14,13 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.utils.generic import can_return_tuple
 
-from ..diffusion.canvas import read_labels
+from ..diffusion.canvas import read_text_and_labels
 from ..diffusion.order_bound import bound_terms, rloo_loss
 from ..diffusion.order_diagnostics import diagnostics
 from ..diffusion.order_masks import OrderEstimator, check_estimator, check_uniforms, draw_masks
 from ..generation.strategies.filling import Filling
 from .configuration_lomdm import LoMDMConfig
-from .inputs_mdlm import check_no_masks, read_text
+from .inputs_mdlm import read_text
 from .loss import chunked_nll
 from .modeling_mdlm import MDLMForMaskedDiffusion, Modulations
 from .outputs import MaskedDiffusionOutput
@@ -230,18 +230,7 @@ class LoMDMForMaskedDiffusion(MDLMForMaskedDiffusion):
         Raises:
             ValueError: for labels that are no text to predict, and for a text with masks where there is no label.
         """
-        labels = read_labels(labels, input_ids, attention_mask, self.config.vocab_size)
-        check_no_masks(labels, self.mask_token_id)
-        text = torch.where(labels != -100, labels, input_ids)
-        hidden = text == self.mask_token_id
-        if attention_mask is not None and attention_mask.shape == text.shape:
-            hidden &= attention_mask != 0
-        if not torch.compiler.is_compiling() and bool(hidden.any()):
-            raise ValueError(
-                f"`input_ids` holds the mask token ({self.mask_token_id}) where there is no label, and the order is "
-                "read from a whole text. Pass its tokens as `labels`."
-            )
-        return text, labels
+        return read_text_and_labels(input_ids, attention_mask, labels, self.config.vocab_size, self.mask_token_id)
 
     def read_masked_copies(
         self, text: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor | None, masked: torch.Tensor

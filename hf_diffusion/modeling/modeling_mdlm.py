@@ -13,7 +13,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple
 
-from ..diffusion.canvas import read_labels
+from ..diffusion.canvas import check_no_masks, read_labels
 from ..diffusion.masking import NoisedText, draw_noised_text
 from ..generation.configuration import DiffusionGenerationConfig
 from ..generation.mixin import DiffusionGenerationMixin
@@ -23,7 +23,7 @@ from .blocks_mdlm import next_rows, two_copies
 from .cache_mdlm import MDLMCache
 from .configuration_mdlm import MDLMConfig
 from .initial_std import linear_with_std
-from .inputs_mdlm import check_cache, check_no_masks, check_noised, read_noise_level, read_text
+from .inputs_mdlm import check_cache, check_noised, read_noise_level, read_text
 from .layers_mdlm import MDLMLayer, NoiseEmbedding, modulate, take_rows
 from .loss import chunked_cross_entropy
 from .outputs import MaskedDiffusionOutput, QueryModelOutput
