@@ -25,10 +25,12 @@ from transformers.utils.generic import can_return_tuple
 from ..diffusion.canvas import read_labels
 from ..generation.configuration import DiffusionGenerationConfig
 from ..generation.mixin import DiffusionGenerationMixin
+from ..generation.sampling import exclude
+from ..generation.scoring import ScoredText
 from .cache_armd import ARMDCache
 from .configuration_armd import ARMDConfig
 from .initial_std import init_with_own_std, linear_with_std
-from .loss import chunked_cross_entropy
+from .loss import chunked_cross_entropy, chunked_nll
 from .masks import NOWHERE
 from .masks_armd import Attend, plan_attention
 from .outputs import MaskedDiffusionOutput, QueryModelOutput
@@ -367,6 +369,18 @@ class ARMDForMaskedDiffusion(ARMDPreTrainedModel, DiffusionGenerationMixin):
         return MaskedDiffusionOutput(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
+
+    def log_likelihood_in_order(self, text: ScoredText, block_index: torch.Tensor) -> torch.Tensor:
+        outputs = self.model(text.input_ids, attention_mask=text.attention_mask, block_index=block_index)
+        mask_token_id = self.config.mask_token_id
+        assert mask_token_id is not None
+
+        def logits(hidden_states: torch.Tensor) -> torch.Tensor:
+            logits = self.lm_head(hidden_states)
+            exclude(mask_token_id, logits)
+            return logits
+
+        return -chunked_nll(outputs.last_hidden_state, text.labels, logits, self.config.vocab_size)
 
 
 def _take(values: torch.Tensor, index: torch.Tensor, otherwise: int) -> torch.Tensor:

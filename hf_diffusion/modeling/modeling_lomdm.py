@@ -6,7 +6,9 @@ flows from them into the backbone.
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +20,11 @@ from ..diffusion.canvas import read_text_and_labels
 from ..diffusion.order_bound import bound_terms, rloo_loss
 from ..diffusion.order_diagnostics import diagnostics
 from ..diffusion.order_masks import OrderEstimator, check_estimator, check_uniforms, draw_masks
-from ..generation.strategies.filling import Filling
+from ..generation.configuration import DiffusionGenerationConfig
+from ..generation.scoring import BoundEstimator, ScoredText
+from ..generation.strategies.filling import Filling, Strategy
+from ..generation.strategies.learned_order import LEARNED_FIRST_HITTING
+from .bound_lomdm import SCORE_ESTIMATORS, LearnedOrderBound
 from .configuration_lomdm import LoMDMConfig
 from .inputs_mdlm import read_text
 from .loss import chunked_nll
@@ -100,6 +106,13 @@ class LoMDMForMaskedDiffusion(MDLMForMaskedDiffusion):
 
     def inputs_of_all_passes(self, filling: Filling) -> dict[str, Any]:
         return {**super().inputs_of_all_passes(filling), "output_exponents": filling.reads_exponents}
+
+    def bound_estimators(
+        self, strategy: Strategy, config: DiffusionGenerationConfig
+    ) -> dict[str, Callable[[ScoredText], BoundEstimator]]:
+        if strategy is LEARNED_FIRST_HITTING and config.strategy == strategy.name:
+            return {name: partial(LearnedOrderBound, self, name) for name in SCORE_ESTIMATORS}
+        return super().bound_estimators(strategy, config)
 
     @can_return_tuple
     def forward(  # type: ignore[override]  # noise levels and caches are not for this model
