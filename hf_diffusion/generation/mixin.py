@@ -84,9 +84,9 @@ class DiffusionGenerationMixin(GenerationMixin):
         """Arguments of `forward` that depend on the share of masked positions, `level` [batch]."""
         return {}
 
-    def log_likelihood_in_order(self, text: ScoredText, block_index: torch.Tensor) -> torch.Tensor:
-        """For models that read `block_index`: log-probability of every label, float [batch, length] in nats, 0 where
-        there is none, from one pass."""
+    def log_likelihood_in_order(self, text: ScoredText, block_index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """For models that read `block_index`, from one pass: log-probability of every label, float [batch, length] in
+        nats, and whether no token is more likely, bool; 0 and False where there is none."""
         raise NotImplementedError
 
     def bound_estimators(

@@ -40,6 +40,8 @@ class Likelihood:
             where the sum has other parts.
         standard_error: float64 [batch], of an estimated bound: how far other draws would have led. None if exact.
         num_tokens: long [batch], the tokens that are scored.
+        is_greedy: bool [batch], whether `generate(do_sample=False)` with the same settings draws just this text; None
+            where orders are drawn.
         is_exact: no bound, and nothing drawn.
         estimator: how it was computed; "exact" if it is.
         sampler: whose law this is.
@@ -50,6 +52,7 @@ class Likelihood:
     token_log_likelihood: torch.Tensor | None
     standard_error: torch.Tensor | None
     num_tokens: torch.Tensor
+    is_greedy: torch.Tensor | None
     is_exact: bool
     estimator: str
     sampler: str
@@ -82,11 +85,13 @@ class BoundEstimator(ABC):
         num_planes: uniforms that a draw takes for each position.
         nfe: passes made so far.
         sampler: whose law is bounded, where that is not what `generate` draws.
+        is_greedy: bool [batch], see `Likelihood`; of the last draw, where it is known.
     """
 
     num_planes: int
     nfe = 0
     sampler: str | None = None
+    is_greedy: torch.Tensor | None = None
 
     @abstractmethod
     def draw(self, uniforms: torch.Tensor) -> torch.Tensor:
@@ -117,10 +122,16 @@ class Decoding(BoundEstimator):
         if model.reads_block_index:
             assert filling.steps is not None
             self.nfe += 1
-            return model.log_likelihood_in_order(text, after_given(filling.steps, text.attention_mask.bool()))
+            block_index = after_given(filling.steps, text.attention_mask.bool())
+            of_tokens, is_most_likely = model.log_likelihood_in_order(text, block_index)
+            self.is_greedy = (is_most_likely | ~to_fill).all(dim=1)
+            return of_tokens
+        is_other = torch.zeros_like(to_fill)
 
         def draw(scores: torch.Tensor, uniforms: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
-            return text.labels[drawn]
+            tokens = text.labels[drawn]
+            is_other[drawn] = scores.argmax(dim=-1) != tokens
+            return tokens
 
         reader = model._make_reader(plan, text.attention_mask, filling, self.config, None, None)
         recording = Recording(to_fill, self.config)
@@ -128,6 +139,7 @@ class Decoding(BoundEstimator):
         ending = Ending(to_fill, text.attention_mask.bool(), self.config)
         model._fill(canvas, to_fill, filling, reader, _as_they_are, ending, self.config, draw, recording, None)
         self.nfe += reader.nfe
+        self.is_greedy = ~is_other.any(dim=1)
         return recording.log_probability
 
 
@@ -173,10 +185,13 @@ def score(
     chosen = estimators[name](text)
     uniforms = draw_uniforms(text.to_predict, num_draws * chosen.num_planes, generator, seeds)
     draws = torch.stack([chosen.draw(each).double() for each in uniforms.split(chosen.num_planes, dim=1)])
-    return _likelihood(text, draws, name, chosen.sampler or _sampler(config), chosen.nfe)
+    is_greedy = chosen.is_greedy if is_exact else None
+    return _likelihood(text, draws, is_greedy, name, chosen.sampler or _sampler(config), chosen.nfe)
 
 
-def _likelihood(text: ScoredText, draws: torch.Tensor, estimator: str, sampler: str, nfe: int) -> Likelihood:
+def _likelihood(
+    text: ScoredText, draws: torch.Tensor, is_greedy: torch.Tensor | None, estimator: str, sampler: str, nfe: int
+) -> Likelihood:
     """From draws [draws, batch, length] or [draws, batch]."""
     if bool(draws.isnan().any()):
         raise ValueError(NOT_A_DISTRIBUTION)
@@ -185,7 +200,7 @@ def _likelihood(text: ScoredText, draws: torch.Tensor, estimator: str, sampler: 
     is_exact = estimator == EXACT
     error = None if is_exact else totals.std(dim=0) / len(totals) ** 0.5
     num_tokens = text.to_predict.sum(dim=1)
-    return Likelihood(totals.mean(dim=0), of_tokens, error, num_tokens, is_exact, estimator, sampler, nfe)
+    return Likelihood(totals.mean(dim=0), of_tokens, error, num_tokens, is_greedy, is_exact, estimator, sampler, nfe)
 
 
 def _score_in_order(model: Any, text: ScoredText, block_index: torch.Tensor, others: dict[str, Any]) -> Likelihood:
@@ -214,8 +229,9 @@ def _score_in_order(model: Any, text: ScoredText, block_index: torch.Tensor, oth
             "`block_index` puts a given token (-100 in `labels`) after one that is scored: no likelihood given these "
             "tokens would come of it. Put the given ones first."
         )
-    draws = model.log_likelihood_in_order(text, block_index)[None].double()
-    return _likelihood(text, draws, EXACT, "the order of `block_index`", 1)
+    of_tokens, is_most_likely = model.log_likelihood_in_order(text, block_index)
+    is_greedy = (is_most_likely | ~text.to_predict).all(dim=1)
+    return _likelihood(text, of_tokens[None].double(), is_greedy, EXACT, "the order of `block_index`", 1)
 
 
 def _read_text(

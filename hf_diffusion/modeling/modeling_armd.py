@@ -370,17 +370,20 @@ class ARMDForMaskedDiffusion(ARMDPreTrainedModel, DiffusionGenerationMixin):
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
 
-    def log_likelihood_in_order(self, text: ScoredText, block_index: torch.Tensor) -> torch.Tensor:
+    def log_likelihood_in_order(self, text: ScoredText, block_index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         outputs = self.model(text.input_ids, attention_mask=text.attention_mask, block_index=block_index)
-        mask_token_id = self.config.mask_token_id
+        mask_token_id, most_likely = self.config.mask_token_id, []
         assert mask_token_id is not None
 
         def logits(hidden_states: torch.Tensor) -> torch.Tensor:
             logits = self.lm_head(hidden_states)
             exclude(mask_token_id, logits)
+            most_likely.append(logits.argmax(dim=-1))
             return logits
 
-        return -chunked_nll(outputs.last_hidden_state, text.labels, logits, self.config.vocab_size)
+        nll = chunked_nll(outputs.last_hidden_state, text.labels, logits, self.config.vocab_size)
+        most_likely_tokens = torch.full_like(text.labels, -1).masked_scatter(text.to_predict, torch.cat(most_likely))
+        return -nll, text.to_predict & (most_likely_tokens == text.labels)
 
 
 def _take(values: torch.Tensor, index: torch.Tensor, otherwise: int) -> torch.Tensor:

@@ -195,6 +195,20 @@ def test_what_generate_draws_has_the_product_of_what_it_was_drawn_with(name, fam
             )
 
 
+@pytest.mark.parametrize(("name", "family"), FAMILIES.items())
+def test_greedy_text_is_told(name, family):
+    model = family.model(torch.float64)
+    prompt = torch.randint(22, (2, 3), generator=torch.Generator().manual_seed(1))
+    for settings in family.strategies:
+        if few_draws(model, settings) != settings:
+            assert model.score(prompt, **few_draws(model, settings)).is_greedy is None
+            continue
+        output = model.generate(prompt, max_new_tokens=6, do_sample=False, **settings)
+        output[1, 5] = (output[1, 5] + 1) % 22
+        labels = output.masked_fill(torch.arange(9) < 3, -100)
+        assert model.score(output, labels=labels, **settings).is_greedy.tolist() == [True, False]
+
+
 def few_draws(model, settings):
     strategy = settings.get("strategy") or model.default_strategy(None, in_block=False)
     of_block = settings.get("block_strategy")
