@@ -118,6 +118,10 @@ def _evaluate_tasks(arguments: argparse.Namespace, settings: dict[str, Any]) -> 
         from ..evaluation.lm_eval_adapter import DiffusionLM
     except ImportError as error:
         raise ImportError(f"`tasks` needs lm-eval: pip install 'hf-diffusion[eval]'. ({error})") from None
+    folder = None if arguments.include_path is None else str(arguments.include_path)
+    manager = TaskManager(include_path=folder, include_defaults=False)
+    if not set(arguments.tasks) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=folder)  # reads thousands of files
     model, tokenizer = _load(arguments)
     lm = DiffusionLM(model, tokenizer=tokenizer, batch_size=arguments.batch_size, seed=arguments.seed, **settings)
     cache = None
@@ -131,7 +135,7 @@ def _evaluate_tasks(arguments: argparse.Namespace, settings: dict[str, Any]) -> 
         num_fewshot=arguments.num_fewshot,
         limit=arguments.limit,
         gen_kwargs=arguments.gen_kwargs,
-        task_manager=TaskManager(include_path=None if arguments.include_path is None else str(arguments.include_path)),
+        task_manager=manager,
         use_cache=None if cache is None else str(cache),
         log_samples=False,
     )

@@ -12,9 +12,31 @@ from huggingface_hub.utils import tqdm
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForMaskedLM
+from transformers.generation import StoppingCriteria
 
 from ..generation.configuration import DIFFUSION_FIELDS
 from ..generation.mixin import DiffusionGenerationMixin
+
+
+class UntilStrings(StoppingCriteria):
+    """Ends a text where what is new in it spells one of some strings.
+
+    transformers' `stop_strings` also end it where a string begins in the prompt, which lm-eval's tasks do not expect.
+
+    Args:
+        strings: not empty.
+        num_given: columns of the prompt.
+    """
+
+    def __init__(self, tokenizer: Any, strings: list[str], num_given: int) -> None:
+        self.tokenizer, self.strings, self.num_given = tokenizer, strings, num_given
+        self.most_tokens = max(len(string.encode()) for string in strings) + 1  # the last one may spell more
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        new = input_ids[:, self.num_given :][:, -self.most_tokens :]
+        texts = self.tokenizer.batch_decode(new, skip_special_tokens=False)
+        ends = [any(string in text for string in self.strings) for text in texts]
+        return torch.tensor(ends, device=input_ids.device)
 
 
 @register_model("hf-diffusion")
@@ -154,8 +176,7 @@ class DiffusionLM(HFLM):
         output: Any = model.generate(
             context,
             max_new_tokens=max_length - context.shape[1],
-            stop_strings=stop_strings or None,
-            tokenizer=self.tokenizer if stop_strings else None,
+            stopping_criteria=[UntilStrings(self.tokenizer, stop_strings, context.shape[1])] if stop_strings else None,
             eos_token_id=self.eot_token_id,
             pad_token_id=self.tokenizer.pad_token_id,
             seed=self.seed + int(self.generations["num_texts"]),
