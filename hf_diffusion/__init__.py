@@ -5,7 +5,7 @@ Importing this package registers its model families with transformers' Auto clas
 
 from .generation.configuration import DiffusionGenerationConfig
 from .modeling.approximate_cache_mdlm import ApproximateMDLMCache
-from .modeling.auto import register
+from .modeling.auto import AutoModelForMaskedDiffusion, register
 from .modeling.cache_armd import ARMDCache
 from .modeling.cache_mdlm import MDLMCache
 from .modeling.configuration_armd import ARMDConfig
@@ -13,6 +13,7 @@ from .modeling.configuration_lomdm import LoMDMConfig
 from .modeling.configuration_mdlm import MDLMConfig
 from .modeling.configuration_mdlm_ar import MDLMARConfig
 from .modeling.modeling_armd import ARMDForMaskedDiffusion
+from .modeling.modeling_armd_causal import ARMDForCausalLM
 from .modeling.modeling_lomdm import LoMDMForMaskedDiffusion
 from .modeling.modeling_mdlm import MDLMForMaskedDiffusion
 from .modeling.modeling_mdlm_ar import MDLMARForCausalLM
@@ -24,8 +25,10 @@ __version__ = "0.1.0"
 __all__ = [
     "ARMDCache",
     "ARMDConfig",
+    "ARMDForCausalLM",
     "ARMDForMaskedDiffusion",
     "ApproximateMDLMCache",
+    "AutoModelForMaskedDiffusion",
     "DiffusionGenerationConfig",
     "LoMDMConfig",
     "LoMDMForMaskedDiffusion",

@@ -5,9 +5,16 @@ import copy
 import pytest
 import torch
 from families import FAMILIES, NUM_TOKENS, VOCAB_SIZE
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, Trainer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    Trainer,
+    TrainingArguments,
+)
 
-from hf_diffusion import DiffusionGenerationConfig
+from hf_diffusion import AutoModelForMaskedDiffusion, DiffusionGenerationConfig
 
 
 CASES = [(name, strategy) for name, family in FAMILIES.items() for strategy in family.strategies]
@@ -150,7 +157,7 @@ class TestModel:
 
 
 class TestLoading:
-    @pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForMaskedLM])
+    @pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForMaskedLM, AutoModelForMaskedDiffusion])
     def test_saved_model_comes_back_bit_for_bit(self, family, auto_class, tmp_path):
         model, ids = family.model(), text(2, 9)
         model.generation_config = DiffusionGenerationConfig(strategy="strided", num_streams=2)
@@ -163,6 +170,14 @@ class TestLoading:
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
         assert type(loaded.generation_config) is DiffusionGenerationConfig
         assert (loaded.generation_config.strategy, loaded.generation_config.num_streams) == ("strided", 2)
+
+    def test_what_loads_as_a_causal_language_model_writes_the_same_text(self, family, tmp_path):
+        model, ids = family.model(), text(2, 9)
+        model.generation_config.strategy = "autoregressive"
+        model.save_pretrained(tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+        drawn = [one.generate(ids, max_new_tokens=5, do_sample=False) for one in (model, loaded)]
+        assert torch.equal(*drawn)
 
     def test_config_comes_back(self, family, tmp_path):
         config = family.config(num_hidden_layers=3)

@@ -31,7 +31,11 @@ def check_mask_shape(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> N
 
 def check_length(input_ids: torch.Tensor, real: torch.Tensor | None, limit: int) -> None:
     """Raise ValueError if a row of `input_ids` [batch, length] holds more than `limit` tokens, padding not counted."""
-    longest = input_ids.shape[1] if real is None else int(real.sum(dim=1).max())
+    check_context(input_ids.shape[1] if real is None else int(real.sum(dim=1).max()), limit)
+
+
+def check_context(longest: int, limit: int) -> None:
+    """Raise ValueError if a text of `longest` tokens is longer than the context, of `limit` tokens."""
     if longest > limit:
         raise ValueError(
             f"`input_ids` holds a text of {longest} tokens, more than the model's context (`max_position_embeddings`="
@@ -79,7 +83,7 @@ def read_labels(
     if labels.shape != input_ids.shape:
         raise ValueError(
             f"`labels` must have the shape of `input_ids` {tuple(input_ids.shape)}, got {tuple(labels.shape)}. "
-            "Row n predicts token n: nothing is shifted."
+            "They are the text itself: nothing is shifted."
         )
     if labels.is_floating_point():
         raise ValueError(f"`labels` must hold token ids, integers, got {labels.dtype}.")

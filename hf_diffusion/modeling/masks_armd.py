@@ -30,6 +30,14 @@ class Attends:
     upper: list[Attend]
 
 
+def attend_alike(mask: Any, num_content: int) -> Attends:
+    """One pattern for all three: as many content rows as query rows, under `mask`, or (None) the causal kernel."""
+    is_causal = mask is None
+    alone = [Attend(slice(None), mask, is_causal)]
+    both = [Attend(slice(0, num_content), mask, is_causal), Attend(slice(num_content, None), mask, is_causal)]
+    return Attends(both, alone, alone)
+
+
 def plan_attention(rows: Rows, cache: ARMDCache | None, config: ARMDConfig, like: torch.Tensor) -> Attends:
     """The masks of one pass. `like` gives batch size, dtype and device; `cache` is told the blocks of the new rows."""
     num_content, num_query = rows.content.shape[1], rows.query.shape[1]
@@ -47,9 +55,7 @@ def plan_attention(rows: Rows, cache: ARMDCache | None, config: ARMDConfig, like
             if has_kernel
             else build_mask(causal_mask_function, config, like, (like.shape[0], num_query, num_content))
         )
-        alone = [Attend(slice(None), mask, is_causal=True)]
-        both = [Attend(slice(0, num_content), mask, True), Attend(slice(num_content, None), mask, True)]
-        return Attends(both, alone, alone)
+        return attend_alike(mask, num_content)
 
     def below(keys: torch.Tensor, bound: torch.Tensor) -> list[Attend]:
         """Each row reads the keys whose block number is less than its bound."""

@@ -8,6 +8,7 @@ is ever read, so nothing that has been computed for a block changes when later o
 
 import math
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -32,10 +33,18 @@ from .configuration_armd import ARMDConfig
 from .initial_std import init_with_own_std, linear_with_std
 from .loss import chunked_cross_entropy, chunked_nll
 from .masks import NOWHERE
-from .masks_armd import Attend, plan_attention
+from .masks_armd import Attend, Attends, plan_attention
 from .outputs import MaskedDiffusionOutput, QueryModelOutput
 from .prefix_aggregation import PositionEncoding, aggregate_causally, aggregate_visible, prefix_state
 from .rows_armd import START, UNKNOWN, Canvas, Rows, plan_rows, read_canvas
+
+
+class StoresKeysAndValues(Protocol):
+    """A cache, as a layer sees it."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 class ARMDAttention(nn.Module):
@@ -61,7 +70,7 @@ class ARMDAttention(nn.Module):
         asking_rotary: tuple[torch.Tensor, torch.Tensor],
         answering_rotary: tuple[torch.Tensor, torch.Tensor],
         attends: list[Attend],
-        past_key_values: ARMDCache | None = None,
+        past_key_values: StoresKeysAndValues | None = None,
     ) -> torch.Tensor:
         query, key, value = (
             projection(states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -127,7 +136,7 @@ class ARMDLayer(GradientCheckpointingLayer):
         asking: slice,
         answering: slice,
         attends: list[Attend],
-        past_key_values: ARMDCache | None = None,
+        past_key_values: StoresKeysAndValues | None = None,
     ) -> torch.Tensor:
         normed = self.input_layernorm(hidden_states)
         attended = self.self_attn(
@@ -163,7 +172,7 @@ class ARMDPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, ARMDModel):
+        if isinstance(module, ARMDNetwork):
             init.normal_(module.start, std=self.config.initializer_range)
             if module.no_neighbour is not None:
                 init.normal_(module.no_neighbour, std=self.config.initializer_range)
@@ -171,8 +180,8 @@ class ARMDPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
 
-class ARMDModel(ARMDPreTrainedModel):
-    """The network without its head: one hidden state per position to predict."""
+class ARMDNetwork(ARMDPreTrainedModel):
+    """The weights of ARMD but for its head, and the way through its layers."""
 
     def __init__(self, config: ARMDConfig) -> None:
         super().__init__(config)
@@ -187,6 +196,48 @@ class ARMDModel(ARMDPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    def query_stream(
+        self,
+        content_states: torch.Tensor,
+        query_states: torch.Tensor,
+        positions: torch.Tensor,
+        attends: Attends,
+        past_key_values: StoresKeysAndValues | None,
+    ) -> list[torch.Tensor]:
+        """The query rows [batch, queries, hidden] before the first layer and after every layer, the last normed.
+
+        Args:
+            content_states, query_states: what enters the two streams.
+            positions: [batch or 1, contents + queries], of the content rows and then the query rows.
+            attends: who reads whom.
+            past_key_values: is given the keys and values of every layer, and answers with those to read.
+        """
+        num_content, num_query = content_states.shape[1], query_states.shape[1]
+        content, query, all_rows = slice(0, num_content), slice(num_content, None), slice(None)
+        rotary = self.rotary_emb(content_states, positions)
+        hidden_states = torch.cat([content_states, query_states], dim=1)
+        states_of_layers = [query_states]
+        assert self.config.num_two_stream_layers is not None
+        last_two_stream_layer = self.config.num_two_stream_layers - 1
+        # Assisted decoding with `assistant_early_exit` lowers the number of layers for a while.
+        for layer_idx, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
+            if layer_idx < last_two_stream_layer:
+                rows = (all_rows, content, attends.both)
+            elif layer_idx == last_two_stream_layer:
+                rows = (query, content, attends.query)
+            else:
+                rows = (all_rows, all_rows, attends.upper)
+            hidden_states = layer(hidden_states, rotary, *rows, past_key_values=past_key_values)
+            if layer_idx == last_two_stream_layer:
+                rotary = (rotary[0][:, query], rotary[1][:, query])
+            states_of_layers.append(hidden_states[:, -num_query:])
+        states_of_layers[-1] = self.norm(states_of_layers[-1])
+        return states_of_layers
+
+
+class ARMDModel(ARMDNetwork):
+    """The network without its head: one hidden state per position to predict."""
+
     @can_return_tuple
     def forward(
         self,
@@ -200,27 +251,10 @@ class ARMDModel(ARMDPreTrainedModel):
         """See `ARMDForMaskedDiffusion.forward`; returns hidden states in place of logits."""
         cache = past_key_values
         canvas, rows = self._plan(input_ids, attention_mask, block_index, query_positions, cache)
-        num_content, num_query = rows.content.shape[1], rows.query.shape[1]
         positions = torch.cat([_take(canvas.position, rows.content, 0), _take(canvas.position, rows.query, 0)], dim=1)
         content_states, query_states = self._embed(input_ids, canvas, rows, positions, cache)
-        rotary = self.rotary_emb(content_states, positions)
         attends = plan_attention(rows, cache, self.config, content_states)
-
-        content, query, all_rows = slice(0, num_content), slice(num_content, None), slice(None)
-        hidden_states = torch.cat([content_states, query_states], dim=1)
-        states_of_layers = [query_states]
-        assert self.config.num_two_stream_layers is not None
-        last_two_stream_layer = self.config.num_two_stream_layers - 1
-        for layer_idx, layer in enumerate(self.layers):
-            if layer_idx < last_two_stream_layer:
-                hidden_states = layer(hidden_states, rotary, all_rows, content, attends.both, past_key_values=cache)
-            elif layer_idx == last_two_stream_layer:
-                hidden_states = layer(hidden_states, rotary, query, content, attends.query, past_key_values=cache)
-                rotary = (rotary[0][:, query], rotary[1][:, query])
-            else:
-                hidden_states = layer(hidden_states, rotary, all_rows, all_rows, attends.upper, past_key_values=cache)
-            states_of_layers.append(hidden_states[:, -num_query:])
-        states_of_layers[-1] = self.norm(hidden_states)
+        states_of_layers = self.query_stream(content_states, query_states, positions, attends, cache)
         if cache is not None:
             assert query_positions is not None
             cache.advance(rows.content, rows.content_block < NOWHERE, query_positions, input_ids.shape[1])
@@ -291,19 +325,26 @@ class ARMDModel(ARMDPreTrainedModel):
         return self.dropout(content), self.dropout(query)
 
 
-class ARMDForMaskedDiffusion(ARMDPreTrainedModel, DiffusionGenerationMixin):
-    """ARMD with its language-model head: likelihood in any order, and text through `generate`."""
+class ARMDNetworkWithHead(ARMDPreTrainedModel):
+    """A language-model head on the network `model_class`."""
 
-    generation_config_class = DiffusionGenerationConfig
+    model_class: type[ARMDNetwork]
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     accepts_loss_kwargs = True
-    reads_block_index = True
 
     def __init__(self, config: ARMDConfig) -> None:
         super().__init__(config)
-        self.model = ARMDModel(config)
+        self.model = self.model_class(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+
+class ARMDForMaskedDiffusion(ARMDNetworkWithHead, DiffusionGenerationMixin):
+    """ARMD with its language-model head: likelihood in any order, and text through `generate`."""
+
+    model_class = ARMDModel
+    generation_config_class = DiffusionGenerationConfig
+    reads_block_index = True
 
     @can_return_tuple
     def forward(
@@ -396,4 +437,4 @@ def _take_rows(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return states.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, states.shape[-1]))
 
 
-__all__ = ["ARMDForMaskedDiffusion", "ARMDModel", "ARMDPreTrainedModel"]
+__all__ = ["ARMDForMaskedDiffusion", "ARMDModel", "ARMDNetwork", "ARMDNetworkWithHead", "ARMDPreTrainedModel"]
