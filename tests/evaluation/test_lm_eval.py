@@ -139,8 +139,18 @@ def test_generation_takes_each_requests_arguments_and_stops_at_its_strings(armd,
         assert "e" not in text
     info = armd.get_model_info()["generation"]
     assert info["num_texts"] == 4
-    assert info["nfe"] <= 9 + 4 + 12 + 6
-    assert 1 < info["tokens_per_forward"] < 4
+    assert info["nfe"] <= 9 + 12 + 6 + 12
+
+
+def test_passes_and_tokens_per_forward_are_counted(tokenizer):
+    lm = DiffusionLM(pretrained=ARMD_SHAKESPEARE, device="cpu", batch_size=2, strategy="strided", num_streams=4)
+    lm.diffusion_model.generation_config.eos_token_id = None
+    lm.tokenizer.eos_token = lm.tokenizer.convert_ids_to_tokens(0)  # a token that is not drawn here
+    drawn = lm.generate_until(requests("generate_until", [("ROMEO.\n", {"until": [], "max_gen_toks": 24})] * 2))
+    assert drawn[0] == drawn[1]
+    info = lm.get_model_info()["generation"]
+    assert (info["nfe"], info["num_texts"], info["strategy"]) == (9, 2, "strided")
+    assert info["tokens_per_forward"] == pytest.approx(24 / 9)
 
 
 def test_an_adapter_of_peft_changes_what_is_scored(tmp_path):
