@@ -136,7 +136,7 @@ class Decoding(BoundEstimator):
         reader = model._make_reader(plan, text.attention_mask, filling, self.config, None, None)
         recording = Recording(to_fill, self.config)
         canvas = text.input_ids.masked_fill(to_fill, model.config.mask_token_id)
-        ending = Ending(to_fill, text.attention_mask.bool(), self.config)
+        ending = Ending(to_fill, text.attention_mask.bool(), model.config.mask_token_id, self.config)
         model._fill(canvas, to_fill, filling, reader, _as_they_are, ending, self.config, draw, recording, None)
         self.nfe += reader.nfe
         self.is_greedy = ~is_other.any(dim=1)
