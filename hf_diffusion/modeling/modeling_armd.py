@@ -26,11 +26,13 @@ from transformers.utils.generic import can_return_tuple
 from ..diffusion.canvas import read_labels
 from ..generation.configuration import DiffusionGenerationConfig
 from ..generation.mixin import DiffusionGenerationMixin
+from ..generation.sampling import exclude
+from ..generation.scoring import ScoredText
 from .absent_arguments import without_absent_arguments
 from .cache_armd import ARMDCache
 from .configuration_armd import ARMDConfig
 from .initial_std import init_with_own_std, linear_with_std
-from .loss import chunked_cross_entropy
+from .loss import chunked_cross_entropy, chunked_nll
 from .masks import NOWHERE
 from .masks_armd import Attend, Attends, plan_attention
 from .outputs import MaskedDiffusionOutput, QueryModelOutput
@@ -412,6 +414,21 @@ class ARMDForMaskedDiffusion(ARMDNetworkWithHead, DiffusionGenerationMixin):
         return MaskedDiffusionOutput(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
+
+    def log_likelihood_in_order(self, text: ScoredText, block_index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        outputs = self.model(text.input_ids, attention_mask=text.attention_mask, block_index=block_index)
+        mask_token_id, most_likely = self.config.mask_token_id, []
+        assert mask_token_id is not None
+
+        def logits(hidden_states: torch.Tensor) -> torch.Tensor:
+            logits = self.lm_head(hidden_states)
+            exclude(mask_token_id, logits)
+            most_likely.append(logits.argmax(dim=-1))
+            return logits
+
+        nll = chunked_nll(outputs.last_hidden_state, text.labels, logits, self.config.vocab_size)
+        most_likely_tokens = torch.full_like(text.labels, -1).masked_scatter(text.to_predict, torch.cat(most_likely))
+        return -nll, text.to_predict & (most_likely_tokens == text.labels)
 
 
 def _take(values: torch.Tensor, index: torch.Tensor, otherwise: int) -> torch.Tensor:

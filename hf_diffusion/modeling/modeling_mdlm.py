@@ -5,6 +5,8 @@ Most published models are not told the noise level; for them that function is a 
 text is generated block after block (BD3-LM, arXiv 2503.09573): what is read is never later, and a cache is exact.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,18 +15,21 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple
 
-from ..diffusion.canvas import read_labels
+from ..diffusion.canvas import check_no_masks, read_labels
 from ..diffusion.masking import NoisedText, draw_noised_text
 from ..generation.configuration import DiffusionGenerationConfig
 from ..generation.mixin import DiffusionGenerationMixin
-from ..generation.strategies.filling import Filling
+from ..generation.scoring import BoundEstimator, ScoredText
+from ..generation.strategies.filling import Filling, Strategy
+from ..generation.strategies.first_hitting import FIRST_HITTING
 from .absent_arguments import without_absent_arguments
 from .approximate_cache_mdlm import ApproximateMDLMCache, rows_not_kept
 from .blocks_mdlm import next_rows, two_copies
+from .bound_mdlm import NumberOfMasks
 from .cache_mdlm import MDLMCache
 from .configuration_mdlm import MDLMConfig
 from .initial_std import linear_with_std
-from .inputs_mdlm import check_cache, check_no_masks, check_noised, read_noise_level, read_text
+from .inputs_mdlm import check_cache, check_noised, read_noise_level, read_text
 from .layers_mdlm import MDLMLayer, NoiseEmbedding, modulate, take_rows
 from .loss import chunked_cross_entropy
 from .outputs import MaskedDiffusionOutput, QueryModelOutput
@@ -224,6 +229,14 @@ class MDLMForMaskedDiffusion(PublishedModelWithHead, DiffusionGenerationMixin):
         schedule = self.config.make_schedule()
         most = schedule.mask_probability(torch.ones((), dtype=torch.float64, device=level.device))
         return {"t": schedule.time_at_mask_probability(level * most).clamp(0, 1)}
+
+    def bound_estimators(
+        self, strategy: Strategy, config: DiffusionGenerationConfig
+    ) -> dict[str, Callable[[ScoredText], BoundEstimator]]:
+        in_own_blocks = config.strategy == "semi_autoregressive" and self.config.block_size is not None
+        if strategy is FIRST_HITTING and (config.strategy == strategy.name or in_own_blocks):
+            return {"number_of_masks": partial(NumberOfMasks, self)}
+        return {}
 
     @can_return_tuple
     @without_absent_arguments
