@@ -2,7 +2,7 @@
 """Everything that is done in a checkout of hf-diffusion, in one command each.
 
     python3 dev.py demo [ARGS]   run `hf-diffusion demo ARGS` in an empty folder, from a wheel (.venv-demo)
-    python3 dev.py test [ARGS]   run `pytest ARGS` on this tree (.venv)
+    python3 dev.py test [ARGS]   run `pytest ARGS` on this tree, a process per core (.venv)
     python3 dev.py lint          run ruff and mypy on this tree (.venv)
     python3 dev.py build         build the sdist and the wheel into dist/, and check what is in them (.venv)
 
@@ -107,7 +107,7 @@ def demo(args: list[str]) -> None:
 
 
 def test(args: list[str]) -> None:
-    step("running pytest", editable_install("test"), "-m", "pytest", *args)
+    step("running pytest", editable_install("test"), "-m", "pytest", "-n", "auto", "--dist", "loadfile", *args)
 
 
 def lint() -> None:

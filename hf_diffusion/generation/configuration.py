@@ -106,6 +106,13 @@ class DiffusionGenerationConfig(GenerationConfig):
         """Settings that are not None."""
         return {name: value for name, value in self.to_dict().items() if value is not None}
 
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers; `sequence_bias` as a list, since JSON has no tuples for keys."""
+        settings = super().to_dict()
+        if isinstance(settings.get("sequence_bias"), dict):
+            settings["sequence_bias"] = [[list(tokens), bias] for tokens, bias in settings["sequence_bias"].items()]
+        return settings
+
     def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
         super().validate(strict=strict, user_set_attributes=user_set_attributes)
         for name in ("num_streams", "block_length", "max_denoising_steps", "max_new_tokens", "max_length"):
@@ -114,7 +121,7 @@ class DiffusionGenerationConfig(GenerationConfig):
                 raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
         for name, most in (("confidence_threshold", 1), ("remasking_strength", 1), ("entropy_bound", math.inf)):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            if value is not None and not _is_number(value):
                 raise ValueError(f"`{name}` must be a number, got {value!r}.")
             if value is not None and not 0 <= value <= most:
                 raise ValueError(f"`{name}` must lie between 0 and {most}, got {value!r}.")
@@ -134,8 +141,17 @@ class DiffusionGenerationConfig(GenerationConfig):
                 raise ValueError(f"`{name}` must be an integer, at least 0, got {value!r}.")
         for name in ("max_time", "repetition_penalty"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
+            if value is not None and not (_is_number(value) and value > 0):
                 raise ValueError(f"`{name}` must be a positive number, got {value!r}.")
+        if self.guidance_scale is not None and not _is_number(self.guidance_scale):
+            raise ValueError(f"`guidance_scale` must be a number, got {self.guidance_scale!r}.")
+        decay = self.exponential_decay_length_penalty
+        if decay is not None and not (
+            isinstance(decay, list | tuple) and len(decay) == 2 and all(_is_number(value) for value in decay)
+        ):
+            raise ValueError(
+                f"`exponential_decay_length_penalty` must be two numbers, a start and a factor, got {decay!r}."
+            )
         for name in TOKEN_FIELDS:
             for token_id in as_list(getattr(self, name)):
                 if not isinstance(token_id, int) or isinstance(token_id, bool):
@@ -144,6 +160,10 @@ class DiffusionGenerationConfig(GenerationConfig):
             value = getattr(self, name)
             if value is not None and value not in choices:
                 raise ValueError(f"`{name}` must be one of {list(choices)}, got {value!r}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def known_names() -> set[str]:

@@ -5,13 +5,14 @@ pass do not see each other. From left to right, where nothing is known on the ri
 transformers does for the same setting.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from transformers.generation import NoBadWordsLogitsProcessor, SequenceBiasLogitsProcessor
 
-from .configuration import DiffusionGenerationConfig
+from .configuration import DiffusionGenerationConfig, as_list
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ def without_padding_inside(tokens: torch.Tensor, real: torch.Tensor) -> torch.Te
 def build_constraints(
     config: DiffusionGenerationConfig,
     to_fill: torch.Tensor,
+    may_end: torch.Tensor,
     too_early_to_end: torch.Tensor,
     eos_token_ids: list[int],
     prefix_allowed_tokens_fn: Callable[[int, torch.Tensor], list[int]] | None,
@@ -80,6 +82,7 @@ def build_constraints(
 
     Args:
         to_fill: bool [batch, length].
+        may_end: bool [batch, length], those of them at which a text may end.
         too_early_to_end: bool [batch, length], positions at which no end token may be drawn.
 
     Raises:
@@ -100,6 +103,11 @@ def build_constraints(
         constraints.append(_suppress_at(too_early_to_end, eos_token_ids))
     if prefix_allowed_tokens_fn is not None:
         constraints.append(_allowed_after_prefix(prefix_allowed_tokens_fn))
+    if config.forced_eos_token_id is not None:
+        last = may_end & (may_end.cumsum(dim=1) == may_end.sum(dim=1, keepdim=True))
+        constraints.append(_force_at(last, as_list(config.forced_eos_token_id)))
+    if config.exponential_decay_length_penalty is not None:
+        constraints.append(_push_to_end(config.exponential_decay_length_penalty, may_end, eos_token_ids))
     if config.begin_suppress_tokens is not None:
         first = to_fill & (to_fill.cumsum(dim=1) == 1)
         constraints.append(_suppress_at(first, list(config.begin_suppress_tokens)))
@@ -122,27 +130,39 @@ def _repetition_penalty(penalty: float) -> Constraint:
 def _no_repeated_ngram(size: int) -> Constraint:
     """No token that would complete, anywhere around its position, a run of `size` tokens that the row has already."""
 
-    def ban(known: Known, scores: torch.Tensor) -> torch.Tensor:
+    def exclude(known: Known, scores: torch.Tensor) -> torch.Tensor:
         if known.tokens.shape[1] < size:
             return scores
         vocab_size = scores.shape[-1]
-        runs, complete = known.windows(size)
+        runs, complete = (of_rows[known.row] for of_rows in known.windows(size))
         banned = torch.zeros(len(scores), vocab_size + 1, dtype=torch.bool, device=scores.device)
-        for place in range(size):
-            others = torch.arange(size, device=scores.device) != place
-            context, is_known = known.around(-place, size)
-            same = (runs[known.row][..., others] == context[:, None, others]).all(dim=-1)
-            same &= complete[known.row] & is_known[:, others].all(dim=-1, keepdim=True)
-            token = runs[known.row][..., place].masked_fill(~same, vocab_size).clamp(max=vocab_size)
-            banned.scatter_(1, token, True)
+
+        def ban(token: torch.Tensor, where: torch.Tensor) -> None:
+            banned.scatter_(1, token.masked_fill(~where, vocab_size).clamp(max=vocab_size), True)
+
+        places = torch.arange(size, device=scores.device)
+        lacking = []  # runs around the position that lack its token alone, which is at each of their places in turn
+        for place in places:
+            run, is_known = known.around(-int(place), size)
+            lacks_no_other = (is_known | (places == place)).all(dim=1, keepdim=True)
+            lacking.append((place, run, lacks_no_other))
+            same = ((runs == run[:, None]) | (places == place)).all(dim=-1)
+            ban(runs[..., place], same & complete & lacks_no_other)
+        # Two of them may become the same run.
+        for (place, run, of_run), (other_place, other, of_other) in itertools.combinations(lacking, 2):
+            token = other[:, place, None]
+            same = torch.where(places == place, token, run) == torch.where(places == other_place, token, other)
+            ban(token, same.all(dim=1, keepdim=True) & of_run & of_other)
         return scores.masked_fill(banned[:, :vocab_size], -torch.inf)
 
-    return ban
+    return exclude
 
 
 def _completions(name: str, biases: dict[tuple[int, ...], float], vocab_size: int) -> list[Constraint]:
     """What is added to a token that would complete a sequence, at whichever of its places the row lacks one token."""
     for sequence in biases:
+        if not sequence:
+            raise ValueError(f"`{name}` holds an empty sequence. Leave it out.")
         if max(sequence) >= vocab_size:
             raise ValueError(f"`{name}` holds {list(sequence)}: tokens must be less than {vocab_size}.")
 
@@ -179,19 +199,51 @@ def _suppress_at(positions: torch.Tensor, token_ids: list[int]) -> Constraint:
     return suppress
 
 
+def _force_at(positions: torch.Tensor, token_ids: list[int]) -> Constraint:
+    """Nothing but one of `token_ids`, all with the same score, at `positions`, bool [batch, length]."""
+
+    def force(known: Known, scores: torch.Tensor) -> torch.Tensor:
+        here = positions[known.row, known.column]
+        forced = torch.full_like(scores, -torch.inf)
+        forced[:, token_ids] = 0
+        return torch.where(here[:, None], forced, scores)
+
+    return force
+
+
+def _push_to_end(penalty: tuple[int, float], may_end: torch.Tensor, eos_token_ids: list[int]) -> Constraint:
+    """After the first `penalty[0]` positions `may_end`, bool [batch, length], the size of the score of an end token is
+    added to it, times what grows by a factor of `penalty[1]` with every position.
+    """
+    start, factor = penalty
+    over = (may_end.cumsum(dim=1) - 1 - start).clamp(min=0)
+
+    def push(known: Known, scores: torch.Tensor) -> torch.Tensor:
+        ends = scores[:, eos_token_ids]
+        growth = (factor ** over[known.row, known.column].to(scores.dtype))[:, None] - 1
+        scores = scores.clone()
+        scores[:, eos_token_ids] = torch.where(ends.isfinite(), ends + ends.abs() * growth, ends)
+        return scores
+
+    return push
+
+
 def _allowed_after_prefix(function: Callable[[int, torch.Tensor], list[int]]) -> Constraint:
     """Only the tokens that `function` allows, given the number of the row and the tokens before the position."""
 
     def restrict(known: Known, scores: torch.Tensor) -> torch.Tensor:
         banned = torch.ones_like(scores, dtype=torch.bool)
-        for index, (row, column) in enumerate(zip(known.row.tolist(), known.column.tolist(), strict=True)):
-            allowed = function(row, known.before(column)[row])
-            if not len(allowed):
-                raise ValueError(
-                    f"`prefix_allowed_tokens_fn` allows no token at position {column} of row {row}. Return one at "
-                    "least."
-                )
-            banned[index, allowed] = False
+        for column in known.column.unique().tolist():
+            before = known.before(column)
+            for index in (known.column == column).nonzero()[:, 0].tolist():
+                row = int(known.row[index])
+                allowed = function(row, before[row])
+                if not len(allowed):
+                    raise ValueError(
+                        f"`prefix_allowed_tokens_fn` allows no token at position {column} of row {row}. Return one at "
+                        "least."
+                    )
+                banned[index, allowed] = False
         return scores.masked_fill(banned, -torch.inf)
 
     return restrict

@@ -20,6 +20,7 @@ class Ending:
     Args:
         to_fill: bool [batch, length], positions to fill.
         real: bool [batch, length], False at padding.
+        mask_token_id: of the model.
         config: for `eos_token_id`, tokens that end a text (before a given token they are tokens like others);
             `pad_token_id`, what is put after the end (the first of the end tokens if not given); `stop_strings`,
             `max_time`, `min_length`, `min_new_tokens`.
@@ -27,6 +28,7 @@ class Ending:
         tokenizer: for `stop_strings`.
 
     Attributes:
+        may_end: bool [batch, length], positions at which a text may end.
         ended: bool [batch], rows whose text has ended before the last column.
         too_early: bool [batch, length], positions at which no end token may be drawn.
 
@@ -38,6 +40,7 @@ class Ending:
         self,
         to_fill: torch.Tensor,
         real: torch.Tensor,
+        mask_token_id: int,
         config: DiffusionGenerationConfig,
         stopping_criteria: Any = None,
         tokenizer: Any = None,
@@ -49,7 +52,7 @@ class Ending:
         self.eos_token_ids = torch.tensor(eos_token_ids, device=to_fill.device, dtype=torch.long)
         self.pad_token_id = config.pad_token_id if config.pad_token_id is not None else next(iter(eos_token_ids), None)
         self.criteria = _criteria(config, stopping_criteria, tokenizer)
-        self._check(config)
+        self._check(config, mask_token_id)
         columns = torch.arange(to_fill.shape[1], device=to_fill.device)
         early = (to_fill.cumsum(dim=1) <= (config.min_new_tokens or 0)) | (columns < (config.min_length or 0))
         self.too_early = self.may_end & early
@@ -61,26 +64,34 @@ class Ending:
         self,
         canvas: torch.Tensor,
         unsettled: torch.Tensor,
-        scores_before: Callable[[int], tuple[torch.Tensor, ...] | None],
+        scores_of: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...] | None],
     ) -> None:
         """Note the ends in what has settled since the last call.
 
         Args:
             canvas: long [batch, length].
             unsettled: bool [batch, length], masked positions, and those that may be masked again.
-            scores_before: maps a column to the scores of all columns before it, for criteria that look at them.
+            scores_of: maps the first columns of `canvas`, and what of them was drawn, to their scores, for criteria
+                that look at them.
         """
         if not len(self.eos_token_ids) and not self.criteria:
             return
         settled = (~unsettled).long().cumprod(dim=1).sum(dim=1)
         end = self._first_end_token(canvas, settled)
         if self.criteria:
-            asked_up_to = torch.minimum(settled, end).masked_fill(self.ended, 0)
-            for column in range(int(self._num_settled.min()), int(asked_up_to.max())):
-                due = self.may_end[:, column] & ~self.ended & (self._num_settled <= column) & (column < asked_up_to)
+            final = torch.minimum(settled, end)
+            columns = torch.arange(canvas.shape[1], device=canvas.device)
+            to_ask = self.may_end & (columns >= self._num_settled[:, None]) & (columns < final[:, None])
+            for column in to_ask.any(dim=0).nonzero()[:, 0].tolist():
+                due = to_ask[:, column] & ~self.ended
                 if bool(due.any()):
-                    text = without_padding_inside(canvas[:, : column + 1], self.real[:, : column + 1])
-                    stops: Any = self.criteria(text, scores_before(column + 1))
+                    # They see all rows, if one of them is asked: padding where another is not final yet.
+                    drawn = self.to_fill & (columns < torch.minimum(final, self._num_kept)[:, None])
+                    text = self._pad(canvas, self.to_fill & ~drawn)[:, : column + 1]
+                    stops: Any = self.criteria(
+                        without_padding_inside(text, self.real[:, : column + 1]),
+                        scores_of(text, drawn[:, : column + 1]),
+                    )
                     self._end(due & stops, column + 1)
         self._end(~self.ended & (end <= settled), end)
         self._num_settled = torch.maximum(self._num_settled, settled)
@@ -102,9 +113,12 @@ class Ending:
 
     def pad(self, canvas: torch.Tensor) -> torch.Tensor:
         """`canvas` with padding after the ends."""
+        return self._pad(canvas, self.after_end())
+
+    def _pad(self, canvas: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
         if self.pad_token_id is None:  # then there is one row, and what is after its end is cut off
             return canvas
-        return canvas.masked_fill(self.after_end(), self.pad_token_id)
+        return canvas.masked_fill(where, self.pad_token_id)
 
     def _first_end_token(self, canvas: torch.Tensor, settled: torch.Tensor) -> torch.Tensor:
         """Number of columns [batch] up to the first end token; more than there are if there is none that is settled."""
@@ -117,7 +131,7 @@ class Ending:
         self._num_kept = torch.where(rows, num_kept, self._num_kept)
         self.ended = self.ended | rows
 
-    def _check(self, config: DiffusionGenerationConfig) -> None:
+    def _check(self, config: DiffusionGenerationConfig, mask_token_id: int) -> None:
         given_later = self.to_fill.any(dim=1) & ~self.may_end.any(dim=1)
         for name, value in (("stopping_criteria", len(self.criteria)), ("max_time", config.max_time)):
             if value and bool(given_later.any()):
@@ -130,6 +144,11 @@ class Ending:
                 raise ValueError(
                     f"`{name}` ends rows of a batch at different places, and there is no token to put after their "
                     "ends. Set `pad_token_id`."
+                )
+            if value and self.pad_token_id == mask_token_id:
+                raise ValueError(
+                    f"`{name}` puts padding after the ends of texts, and `pad_token_id` ({mask_token_id}) is the mask "
+                    "token, which is never left in a text. Name another one."
                 )
         if config.max_time is not None and bool((self.to_fill & ~self.may_end).any()):
             raise ValueError(

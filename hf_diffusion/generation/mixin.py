@@ -92,6 +92,13 @@ class DiffusionGenerationMixin(GenerationMixin):
         else:
             self.generation_config = DiffusionGenerationConfig.from_generation_config(loaded)
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Not possible; `generate_batch` comes here as well."""
+        raise ValueError(
+            "Continuous batching (`generate_batch`) goes from left to right over texts that are laid end to end. Pass "
+            "a padded batch to `generate`."
+        )
+
     @torch.no_grad()
     def generate(
         self,
@@ -153,6 +160,9 @@ class DiffusionGenerationMixin(GenerationMixin):
                 raise ValueError(
                     f"`{name}` is not supported by {type(self).__name__}.generate: {reason}. Leave it out."
                 )
+        for name, value in (("logits_processor", logits_processor), ("stopping_criteria", stopping_criteria)):
+            if value is not None and not isinstance(value, list | tuple):
+                raise ValueError(f"`{name}` must be a list, got {type(value).__name__}. Put it into one.")
         input_ids = kwargs.pop("input_ids", None)
         if input_ids is not None and inputs is not None:
             raise ValueError("`inputs` and `input_ids` are the same thing: pass one of them.")
@@ -173,7 +183,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         if negative_prompt_attention_mask is not None and negative_prompt_ids is None:
             raise ValueError("`negative_prompt_attention_mask` has no effect without `negative_prompt_ids`.")
         prompt = input_ids if input_ids is not None else inputs
-        canvas, attention_mask, num_appended = prepare_canvas(self, prompt, attention_mask, config)
+        canvas, attention_mask = prepare_canvas(self, prompt, attention_mask, config)
         seeds = seeds_of_rows(seed, len(canvas))
         if config.reference_sampler is not None:
             for name, value in (
@@ -191,14 +201,14 @@ class DiffusionGenerationMixin(GenerationMixin):
 
         to_fill = (canvas == self.config.mask_token_id) & attention_mask.bool()
         blocks = lay_blocks(self, to_fill, attention_mask, config)
-        ending = Ending(to_fill, attention_mask.bool(), config, stopping_criteria, tokenizer)
+        ending = Ending(to_fill, attention_mask.bool(), self.config.mask_token_id, config, stopping_criteria, tokenizer)
         processing = Processing(
             self,
             config,
             to_fill,
             attention_mask.bool(),
+            ending.may_end,
             ending.too_early,
-            canvas.shape[1] - num_appended,
             logits_processor,
             prefix_allowed_tokens_fn,
         )
@@ -259,8 +269,8 @@ class DiffusionGenerationMixin(GenerationMixin):
         recording = Recording(masked, config) if config.return_dict_in_generate else None
         canvas, passes = canvas.clone(), torch.zeros_like(canvas[:, 0])
 
-        def scores_before(column: int) -> tuple[torch.Tensor, ...] | None:
-            return None if recording is None else recording.scores_before(column)
+        def scores_of(text: torch.Tensor, drawn: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
+            return None if recording is None else recording.scores_of(text, drawn)
 
         while True:
             step = filling.next_pass(masked)
@@ -288,14 +298,14 @@ class DiffusionGenerationMixin(GenerationMixin):
             masked = masked & ~drawn
             passes[rows] += 1
             unsettled = filling.unsettled(masked)
-            ending.update(canvas, unsettled, scores_before)
+            ending.update(canvas, unsettled, scores_of)
             if config.max_time is not None and monotonic() - started > config.max_time:
                 ending.stop(unsettled)
             if feed is not None:
                 after_end, width = ending.after_end(), ending.width
                 feed.step(ending.pad(canvas)[:, :width], (unsettled & ~after_end)[:, :width])
         # What takes tokens back may know only now that nothing changes any more.
-        ending.update(canvas, torch.zeros_like(masked), scores_before)
+        ending.update(canvas, torch.zeros_like(masked), scores_of)
         sequences = ending.pad(canvas)[:, : ending.width]
         if feed is not None:
             feed.end(sequences)

@@ -22,7 +22,7 @@ READ_NO_TEXT = (
 
 CONSTRAINED_HERE = (
     *("sequence_bias", "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "begin_suppress_tokens"),
-    *("min_length", "min_new_tokens", "guidance_scale"),
+    *("min_length", "min_new_tokens", "forced_eos_token_id", "exponential_decay_length_penalty", "guidance_scale"),
 )
 """Fields for which transformers' processor is not taken (see `constraints`, `ending` and `guidance`)."""
 
@@ -37,8 +37,8 @@ class Processing:
         model: a `DiffusionGenerationMixin`.
         to_fill: bool [batch, length].
         real: bool [batch, length], False at padding.
+        may_end: bool [batch, length], those of them at which a text may end.
         too_early_to_end: bool [batch, length], positions at which no end token may be drawn.
-        prompt_length: number of columns before what is appended.
         logits_processor, prefix_allowed_tokens_fn: as `generate` takes them.
     """
 
@@ -48,26 +48,23 @@ class Processing:
         config: DiffusionGenerationConfig,
         to_fill: torch.Tensor,
         real: torch.Tensor,
+        may_end: torch.Tensor,
         too_early_to_end: torch.Tensor,
-        prompt_length: int,
         logits_processor: Any,
         prefix_allowed_tokens_fn: Callable[[int, torch.Tensor], list[int]] | None,
     ) -> None:
         self.real, self.vocab_size = real, model.config.vocab_size
         eos_token_ids = as_list(config.eos_token_id)
         self.constraints = build_constraints(
-            config, to_fill, too_early_to_end, eos_token_ids, prefix_allowed_tokens_fn, self.vocab_size
+            config, to_fill, may_end, too_early_to_end, eos_token_ids, prefix_allowed_tokens_fn, self.vocab_size
         )
-        settings, device = copy.copy(config), str(to_fill.device)
+        settings = copy.copy(config)
         for name in CONSTRAINED_HERE:
             setattr(settings, name, None)
-        settings.max_length = to_fill.shape[1]  # where `forced_eos_token_id` falls
-        settings._eos_token_tensor = torch.tensor(eos_token_ids, device=device) if eos_token_ids else None
         self.processors = model._get_logits_processor(
             generation_config=settings,
-            input_ids_seq_length=prompt_length,
             logits_processor=LogitsProcessorList(logits_processor or []),
-            device=device,
+            device=str(to_fill.device),
         )
 
     def __call__(self, canvas: torch.Tensor, masked: torch.Tensor, drawn: torch.Tensor, logits: torch.Tensor) -> Any:
@@ -96,5 +93,5 @@ def _column_by_column(processor: LogitsProcessor, known: Known, scores: torch.Te
     processed = torch.empty_like(scores)
     for column in known.column.unique().tolist():
         here = known.column == column
-        processed[here] = processor(known.before(column)[known.row[here]], scores[here])
+        processed[here] = processor(known.before(column)[known.row[here]], scores[here]).to(scores.dtype)
     return processed

@@ -11,9 +11,8 @@ from .strategies import SEMI_AUTOREGRESSIVE
 
 def prepare_canvas(
     model: Any, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, config: DiffusionGenerationConfig
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Prompt and appended masks, long [batch * num_return_sequences, length]; where there is text, the same; and the
-    number of columns appended.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompt and appended masks, long [batch * num_return_sequences, length], and where there is text, the same.
 
     Args:
         model: a `DiffusionGenerationMixin`.
@@ -58,7 +57,7 @@ def prepare_canvas(
         # Positions to fill are text too: prompt and `max_new_tokens` share the context.
         check_length(input_ids, attention_mask.bool(), model.config.max_position_embeddings)
     repeats = config.num_return_sequences
-    return input_ids.repeat_interleave(repeats, dim=0), attention_mask.repeat_interleave(repeats, dim=0), appended
+    return input_ids.repeat_interleave(repeats, dim=0), attention_mask.repeat_interleave(repeats, dim=0)
 
 
 def _num_appended(input_ids: torch.Tensor, mask_token_id: int, config: DiffusionGenerationConfig) -> int:

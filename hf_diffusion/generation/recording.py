@@ -57,9 +57,13 @@ class Recording:
             for layer, states in enumerate(hidden_states):
                 self._hidden_states[layer] = self._put(self._hidden_states[layer], drawn, states, 0)
 
-    def scores_before(self, column: int) -> tuple[torch.Tensor, ...] | None:
-        """The scores of the columns before `column`, each [batch, vocab_size]; None if they are not kept."""
-        return None if self._scores is None else self._scores[:, : column - self.first].unbind(dim=1)
+    def scores_of(self, text: torch.Tensor, drawn: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
+        """The scores of a beginning `text` [batch, columns] of the canvas, of which `drawn` (bool) was drawn; None if
+        they are not kept.
+        """
+        if self._scores is None:
+            return None
+        return _with_certainty(self._scores, text[:, self.first :], drawn[:, self.first :])
 
     def outputs(self, sequences: torch.Tensor, generated: torch.Tensor) -> dict[str, Any]:
         """Fields of `DiffusionGenerateOutput`.
@@ -69,14 +73,17 @@ class Recording:
             generated: bool [batch, width], True at generated tokens that are text.
         """
         width = sequences.shape[1]
-        certain = sequences.masked_fill(generated, -1)[:, self.first :]
-        states = [buffer[:, : width - self.first, None].unbind(dim=1) for buffer in self._hidden_states]
+        tokens, drawn = sequences[:, self.first :], generated[:, self.first :]
+        states = [
+            buffer[:, : drawn.shape[1]].masked_fill(~drawn[..., None], 0)[:, :, None].unbind(dim=1)
+            for buffer in self._hidden_states
+        ]
         return {
             "steps": self.steps[:, :width].masked_fill(~generated, -1),
             "confidence": self.log_probability[:, :width].exp().float().masked_fill(~generated, 1),
-            "scores": _with_certainty(self._scores, certain) if self.config.output_scores else None,
-            "logits": _with_certainty(self._logits, certain) if self.config.output_logits else None,
-            "hidden_states": tuple(zip(*states, strict=True)) if states else None,
+            "scores": _with_certainty(self._scores, tokens, drawn) if self.config.output_scores else None,
+            "logits": _with_certainty(self._logits, tokens, drawn) if self.config.output_logits else None,
+            "hidden_states": tuple(zip(*states, strict=True)) if self.config.output_hidden_states else None,
         }
 
     def _put(
@@ -89,14 +96,13 @@ class Recording:
         return buffer
 
 
-def _with_certainty(buffer: torch.Tensor | None, certain: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """`buffer` by column, with log-probability 0 for what is not drawn: `certain` [batch, columns], -1 elsewhere."""
+def _with_certainty(buffer: torch.Tensor | None, tokens: torch.Tensor, drawn: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """`buffer` by column, with log-probability 0 for those of `tokens` [batch, columns] that are not `drawn`."""
     if buffer is None:  # nothing was drawn
         return ()
-    buffer = buffer[:, : certain.shape[1]]
-    is_certain = (certain >= 0) & (certain < buffer.shape[-1])
-    sure = torch.full_like(buffer, -torch.inf).scatter_(-1, certain.clamp(0, buffer.shape[-1] - 1)[..., None], 0)
-    return torch.where(is_certain[..., None], sure, buffer).unbind(dim=1)
+    buffer, vocabulary = buffer[:, : tokens.shape[1]], torch.arange(buffer.shape[-1], device=buffer.device)
+    sure = torch.zeros_like(buffer).masked_fill(tokens[..., None] != vocabulary, -torch.inf)
+    return torch.where(drawn[..., None], buffer, sure).unbind(dim=1)
 
 
 def _first_column(to_fill: torch.Tensor) -> int:

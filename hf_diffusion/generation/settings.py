@@ -53,7 +53,7 @@ def settings_of_call(
     del defaults["max_length"]  # depends on the prompt
     config.update(**inherited, defaults_only=True)
     config.update(**defaults, defaults_only=True)
-    config.update(**kwargs)
+    config.update(**{name: defaults.get(name) if value is None else value for name, value in kwargs.items()})
     _set_default_strategies(model, config)
     check_fields(type(model).__name__, config)
     _check_tokens(model, config)

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
     apply_rotary_pos_emb,
@@ -26,6 +26,7 @@ from transformers.utils.generic import can_return_tuple
 from ..diffusion.canvas import read_labels
 from ..generation.configuration import DiffusionGenerationConfig
 from ..generation.mixin import DiffusionGenerationMixin
+from ..hub.saving import PreTrainedModelWithCode
 from .absent_arguments import without_absent_arguments
 from .cache_armd import ARMDCache
 from .configuration_armd import ARMDConfig
@@ -155,7 +156,9 @@ def _residual_std(config: ARMDConfig) -> float:
     return config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
 
 
-class ARMDPreTrainedModel(PreTrainedModel):
+class ARMDPreTrainedModel(PreTrainedModelWithCode):
+    family = "ARMD, an auto-regressive masked diffusion model"
+    paper = "https://arxiv.org/abs/2601.16971"
     config: ARMDConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True

@@ -22,6 +22,7 @@ from ..generation.strategies.filling import Filling
 from .absent_arguments import without_absent_arguments
 from .configuration_lomdm import LoMDMConfig
 from .inputs_mdlm import check_no_masks, read_text
+from .layers_mdlm import take_rows
 from .loss import chunked_nll
 from .modeling_mdlm import MDLMForMaskedDiffusion, Modulations
 from .outputs import MaskedDiffusionOutput
@@ -60,6 +61,8 @@ class MaskedCopies(NamedTuple):
 class LoMDMForMaskedDiffusion(MDLMForMaskedDiffusion):
     """An MDLM with a scheduler head for the forward and one for the reverse process."""
 
+    family = "LoMDM, an MDLM that learns the order of generation"
+    paper = "https://arxiv.org/abs/2602.02112"
     config: LoMDMConfig
     _no_split_modules = ["PreNormLayer"]  # of the heads; the network adds its own
     learns_order = True
@@ -185,14 +188,12 @@ class LoMDMForMaskedDiffusion(MDLMForMaskedDiffusion):
         )
         states = outputs.last_hidden_state
         exponents = self._exponents(self.reverse_scheduler, states, attention_mask, real)
-
-        def asked(states: torch.Tensor) -> torch.Tensor:
-            if query_positions is None:
-                return states
-            return torch.take_along_dim(states, query_positions.clamp(min=0)[..., None], dim=1)
-
-        hidden_states = outputs.hidden_states and tuple(map(asked, outputs.hidden_states))
-        return LoMDMOutput(logits=self._logits(asked(states)), exponents=exponents, hidden_states=hidden_states)
+        hidden_states = outputs.hidden_states
+        if query_positions is not None:
+            asked = query_positions.clamp(min=0)
+            states = take_rows(states, asked)
+            hidden_states = None if hidden_states is None else tuple(take_rows(layer, asked) for layer in hidden_states)
+        return LoMDMOutput(logits=self._logits(states), exponents=exponents, hidden_states=hidden_states)
 
     def _read(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, query_positions: torch.Tensor | None = None

@@ -76,6 +76,7 @@ class MDLMARModel(PublishedModel):
 class MDLMARForCausalLM(PublishedModelWithHead, GenerationMixin):
     """The baseline with its language-model head."""
 
+    family = "MDLM's autoregressive baseline, an ordinary causal language model"
     config: MDLMARConfig
     model_class = MDLMARModel
 

@@ -10,15 +10,17 @@ import torch
 from torch import nn
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
-from transformers.modeling_utils import PreTrainedModel
 
+from ..hub.saving import PreTrainedModelWithCode
 from .initial_std import linear_with_std
 from .layers_mdlm import init_linear
 
 
-class PublishedModel(PreTrainedModel):
+class PublishedModel(PreTrainedModelWithCode):
     """What transformers has to know of these models."""
 
+    family = "MDLM, a masked diffusion language model"
+    paper = "https://arxiv.org/abs/2406.07524"
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]

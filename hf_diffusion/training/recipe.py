@@ -26,6 +26,8 @@ class TrainingRecipe(ABC):
     family: ClassVar[str]
     summary: ClassVar[str]
     """What `--help` says of the family."""
+    estimator: ClassVar[str]
+    """What the losses of `evaluations` are, and how they are found."""
 
     text: str = field(metadata={"help": "a text file (.txt or .gz), or a data set on the Hub"})
     output: Path = field(metadata={"help": "folder for the model, its tokenizer, curves and results"})

@@ -23,7 +23,8 @@ def train(recipe: TrainingRecipe) -> dict[str, Any]:
 
     Losses are in nats per token, of the averaged weights on the whole validation text; what they are called says what
     they are (see the family's `evaluations`). Those that are estimated by drawing come with a standard error: how far
-    other draws on the same text would have been from these.
+    other draws on the same text would have been from these. `estimators` says how each is found, and `nfe` from
+    how many network evaluations for each text: one per draw.
     """
     if not recipe.resume and any(recipe.output.glob("checkpoints/checkpoint-*")):
         raise ValueError(
@@ -78,6 +79,7 @@ def train(recipe: TrainingRecipe) -> dict[str, Any]:
         "standard_error_nats_per_token": {
             name: statistics.stdev(draws) / math.sqrt(len(draws)) for name, draws in losses.items() if len(draws) > 1
         },
+        "estimators": {name: {"estimator": recipe.estimator, "nfe": len(draws)} for name, draws in evaluations.items()},
         "parameters": model.num_parameters(),
         "training_tokens": recipe.steps * recipe.batch_size * recipe.text_length * arguments.world_size,
         "tokens_in_text": len(tokens),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from families import FAMILIES
-from transformers import GenerationConfig
+from transformers import GenerationConfig, WatermarkingConfig
 
 from hf_diffusion import DiffusionGenerationConfig
 
@@ -35,6 +35,11 @@ PROMPT = torch.tensor([[1, 2, 3]])
         ({"renormalize_logits": True}, "`renormalize_logits`=True has no effect without `output_scores`"),
         ({"stop_strings": "end"}, "`stop_strings`='end' needs the tokenizer"),
         ({"bad_words_ids": [[3, 99]]}, "`bad_words_ids` holds .3, 99.: tokens must be less than 23"),
+        ({"bad_words_ids": [[3], []]}, "`bad_words_ids` holds an empty sequence"),
+        ({"guidance_scale": "2"}, "`guidance_scale` must be a number, got '2'"),
+        ({"eos_token_id": 3, "exponential_decay_length_penalty": 3}, "`exponential_decay_length_penalty` must be two"),
+        ({"logits_processor": max}, "`logits_processor` must be a list, got builtin_function_or_method"),
+        ({"stopping_criteria": max}, "`stopping_criteria` must be a list, got builtin_function_or_method"),
         ({"suppress_tokens": [99]}, "`suppress_tokens` must lie in the vocabulary"),
         ({"negative_prompt_ids": PROMPT}, "`negative_prompt_ids` has no effect without guidance"),
         ({"guidance_scale": 2.0, "negative_prompt_ids": PROMPT.repeat(2, 1)}, "`negative_prompt_ids` must be.*batch=1"),
@@ -172,3 +177,46 @@ def test_padding_is_found_by_its_token_where_no_mask_is_given():
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     inferred = model.generate(padded, max_new_tokens=5, do_sample=False)
     assert torch.equal(inferred, model.generate(padded, attention_mask=mask, max_new_tokens=5, do_sample=False))
+
+
+def test_continuous_batching_is_refused():
+    with pytest.raises(ValueError, match="`generate_batch`.*Pass a padded batch to `generate`"):
+        FAMILIES["mdlm"].model().generate_batch(inputs=[[1, 2, 3]])
+
+
+def test_none_stands_for_the_default():
+    model = FAMILIES["armd"].model()
+    nothing = dict.fromkeys(("do_sample", "temperature", "top_k", "num_return_sequences", "use_cache"))
+    output = model.generate(PROMPT, max_new_tokens=9, seed=1, temperature=5.0)
+    assert torch.equal(output, model.generate(PROMPT, max_new_tokens=9, seed=1, **{**nothing, "temperature": 5.0}))
+    model.generation_config.temperature = 5.0
+    assert torch.equal(output, model.generate(PROMPT, max_new_tokens=9, seed=1))
+    cold = model.generate(PROMPT, max_new_tokens=9, seed=1, **nothing)
+    assert torch.equal(cold, model.generate(PROMPT, max_new_tokens=9, seed=1, temperature=1.0))
+    assert not torch.equal(cold, output)
+    assert model.generate(PROMPT, max_new_tokens=9, num_return_sequences=2, do_sample=None).shape == (2, 12)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"sequence_bias": {(1, 2): 9.0, (4,): -9.0}},
+        {"bad_words_ids": [[1], [2, 3]], "no_repeat_ngram_size": 2},
+        {"exponential_decay_length_penalty": (1, 3.0), "eos_token_id": [4, 5], "pad_token_id": 6},
+        {"watermarking_config": WatermarkingConfig(bias=30.0)},
+        {"guidance_scale": 3.0, "repetition_penalty": 1.7, "begin_suppress_tokens": [1]},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_a_config_with_such_settings_comes_back_and_does_the_same(settings, tmp_path):
+    model = FAMILIES["armd"].model(torch.float64)
+    arguments = {"max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(PROMPT, **arguments, **settings)
+    assert not torch.equal(expected, model.generate(PROMPT, **arguments))
+    config = DiffusionGenerationConfig(**arguments, **settings)
+    assert torch.equal(model.generate(PROMPT, generation_config=config), expected)
+    assert torch.equal(model.generate(PROMPT, generation_config=GenerationConfig(**arguments, **settings)), expected)
+    model.generation_config = config
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert torch.equal(loaded.generate(PROMPT), expected)

@@ -7,6 +7,8 @@ from families import FAMILIES, NUM_TOKENS, in_order
 
 CASES = [(name, strategy) for name, family in FAMILIES.items() for strategy in family.strategies]
 IDS = [f"{name}-{'-'.join(map(str, strategy.values()))}" for name, strategy in CASES]
+PADDED = torch.tensor([[9, 1, 2], [4, 5, 1]])
+REAL = torch.tensor([[0, 1, 1], [1, 1, 1]])
 ALL = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "output_hidden_states": True}
 
 
@@ -83,9 +85,37 @@ def test_given_tokens_between_the_gaps_have_log_probability_0(name):
     assert bool((torch.cat([column[0] for column in output.hidden_states], dim=1)[given] == 0).all())
 
 
-def test_nothing_drawn_leaves_nothing_to_return():
-    output = FAMILIES["armd"].model().generate(prompts(), max_length=4, **ALL)
-    assert (output.scores, output.logits, output.nfe) == ((), (), 0)
+def test_hidden_states_with_the_approximate_cache_are_those_that_the_logits_were_made_of():
+    """In a single layer there is nothing to approximate."""
+    model = FAMILIES["mdlm"].model(torch.float64, num_hidden_layers=1)
+    arguments = {"attention_mask": REAL, "max_new_tokens": 7, "seed": 3, "return_dict_in_generate": True}
+    arguments.update(strategy="semi_autoregressive", block_length=3)
+    exact = model.generate(PADDED, output_hidden_states=True, **arguments)
+    cached = model.generate(PADDED, output_hidden_states=True, approximate_cache=True, **arguments)
+    assert torch.equal(exact.sequences, cached.sequences)
+    torch.testing.assert_close(cached.hidden_states, exact.hidden_states)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_in_bfloat16_scores_are_float32(name):
+    model = FAMILIES[name].model(torch.bfloat16, num_hidden_layers=2)
+    output = model.generate(
+        PADDED,
+        attention_mask=REAL,
+        max_new_tokens=4,
+        return_dict_in_generate=True,
+        output_scores=True,
+        output_logits=True,
+        repetition_penalty=1.3,
+    )
+    assert {part.dtype for part in (*output.scores, *output.logits, output.confidence)} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_nothing_drawn_leaves_nothing_to_return(name):
+    output = FAMILIES[name].model().generate(prompts(), max_length=4, **ALL)
+    assert (output.scores, output.logits, output.hidden_states, output.nfe) == ((), (), (), 0)
+    assert output.steps.tolist() == [[-1] * 4] * 2
 
 
 def test_scores_of_a_batch_in_which_a_row_has_ended():

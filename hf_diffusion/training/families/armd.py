@@ -20,6 +20,7 @@ from ..recipe import TrainingRecipe
 class ARMDRecipe(TrainingRecipe):
     family = "armd"
     summary = "strictly causal masked diffusion in any order, for decoding in parallel streams"
+    estimator = "negative log-likelihood, exact in the order named"
 
     validation_streams: tuple[int, ...] = field(
         default=(1, 2, 4, 8), metadata={"help": "numbers of streams to validate with; 1 is left to right"}

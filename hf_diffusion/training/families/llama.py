@@ -16,6 +16,7 @@ from ..recipe import TrainingRecipe
 class LlamaRecipe(TrainingRecipe):
     family = "llama"
     summary = "an ordinary autoregressive model to compare with"
+    estimator = "negative log-likelihood, exact"
 
     def build_model(self, tokenizer: Any) -> PreTrainedModel:
         # Three matrices of 8/3 of the width hold what two of 4 times the width hold: as many parameters as ARMD has, up

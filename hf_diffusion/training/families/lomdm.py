@@ -20,6 +20,7 @@ from .mdlm import SeparateSeedsCallback, check_validation_draws, collate_texts
 class LoMDMRecipe(TrainingRecipe):
     family = "lomdm"
     summary = "masked diffusion that learns its order"
+    estimator = "upper bound on the negative log-likelihood, estimated without bias by the jump chain"
 
     c1: float = field(default=0.7, metadata={"help": "exponent of a fresh model"})
     c2: float = field(default=0.65, metadata={"help": "how far exponents may differ, less than c1; 0 is MDLM"})

@@ -21,6 +21,7 @@ from ..recipe import Collator, TrainingRecipe
 class MDLMRecipe(TrainingRecipe):
     family = "mdlm"
     summary = "bidirectional masked diffusion"
+    estimator = "upper bound on the negative log-likelihood, estimated without bias from random numbers of masks"
 
     block_size: int | None = field(
         default=None, metadata={"help": "tokens in a block of a text, for block diffusion (default: no blocks)"}
