@@ -27,7 +27,7 @@ SETTINGS = {
     "validation-texts": 4,
     "seed": 3,
 }
-OWN = {"armd": {"max-shuffled": 8}, "mdlm": {"validation-draws": 4}, "lomdm": {"validation-draws": 4}}
+OWN = {"armd": {"max-shuffled": 8}, "mdlm": {"validation-draws": 4}, "lomdm": {"validation-draws": 2}}
 # accelerate's name for "several processes on this machine"; ACCELERATE_USE_CPU makes them gloo's.
 DDP = ["--multi_gpu"]
 FSDP2 = ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]

@@ -74,7 +74,7 @@ class TestDefaultTargets:
         page = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
         stated = {
             model_type: set(re.findall(r"`(\w+)`", targets))
-            for model_type, targets in re.findall(r"^\| `(\w+)` \| (.*) \|$", page, re.MULTILINE)
+            for model_type, targets in re.findall(r"^\| `(\w+)` \| (`.*) \|$", page, re.MULTILINE)
         }
         names = ("armd", "mdlm", "lomdm", "mdlm_ar")
         assert stated == {name: set(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[name]) for name in names}
