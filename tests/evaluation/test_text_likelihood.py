@@ -4,6 +4,7 @@ import json
 import math
 import re
 
+import peft
 import pytest
 import torch
 from families import FAMILIES
@@ -206,6 +207,25 @@ def test_the_command_prints_a_table_and_writes_what_it_depends_on(tmp_path, caps
     printed = capsys.readouterr().out
     assert 'bound of generate(strategy="first_hitting"), estimator orders' in printed
     assert re.search(r"perplexity: [\d.]+ ± [\d.]+", printed)
+
+
+def test_the_command_takes_an_adapter(tmp_path, tokenizer):
+    model = FAMILIES["armd"].model_class.from_pretrained(ARMD_SHAKESPEARE)
+    lora = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    for name, weight in lora.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.2)
+    lora.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "text").write_text(TEXT)
+    flags = ["--text", str(tmp_path / "text"), "--json", str(tmp_path / "out.json")]
+    assert main(["evaluate", *flags, "--peft", str(tmp_path / "adapter")]) == 0
+    found = json.loads((tmp_path / "out.json").read_text())["log_likelihood"]
+    plain = evaluate_text(lora.get_base_model().eval(), tokenizer, TEXT)
+    assert found == pytest.approx(plain.log_likelihood, abs=1e-3)
+    merged = evaluate_text(lora.merge_and_unload().eval(), tokenizer, TEXT)
+    assert found == pytest.approx(merged.log_likelihood, abs=1e-3)
+    unchanged = FAMILIES["armd"].model_class.from_pretrained(ARMD_SHAKESPEARE)
+    assert abs(found - evaluate_text(unchanged, tokenizer, TEXT).log_likelihood) > 0.1
 
 
 @pytest.mark.parametrize(
