@@ -172,7 +172,7 @@ class TestAdapters:
         model = adapted(family)
         expected = logits(model)
         merged = model.merge_and_unload()
-        merged.save_pretrained(tmp_path)
+        merged.save_pretrained(tmp_path, include_code=True)
         loaded = AutoModel.from_pretrained(tmp_path, dtype=torch.float64)
         assert not [name for name, _ in loaded.named_parameters() if "lora_" in name]
         torch.testing.assert_close(logits(loaded), expected)
