@@ -53,10 +53,10 @@ class Processing:
         logits_processor: Any,
         prefix_allowed_tokens_fn: Callable[[int, torch.Tensor], list[int]] | None,
     ) -> None:
-        self.real, self.vocab_size = real, model.config.vocab_size
+        self.real = real
         eos_token_ids = as_list(config.eos_token_id)
         self.constraints = build_constraints(
-            config, to_fill, may_end, too_early_to_end, eos_token_ids, prefix_allowed_tokens_fn, self.vocab_size
+            config, to_fill, may_end, too_early_to_end, eos_token_ids, prefix_allowed_tokens_fn, model.config.vocab_size
         )
         settings = copy.copy(config)
         for name in CONSTRAINED_HERE:

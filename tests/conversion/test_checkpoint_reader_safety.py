@@ -1,9 +1,11 @@
 """Files that are meant to do harm: whatever a pickle asks for, nothing is run, imported, or read out of bounds."""
 
 import contextlib
+import encodings.cp437  # noqa: F401 - zipfile imports it when it first reads a name
 import functools
 import pickle
 import sys
+import threading
 
 import pytest
 import torch
@@ -72,11 +74,13 @@ def other_payloads(marker):
 
 @functools.cache
 def audit_log():
-    """A list that, while it has a list inside, collects there what Python imports, compiles and runs."""
+    """A list that, while it has a list inside, collects there what Python imports, compiles and runs in this thread."""
     log: list[list[str]] = []
+    thread = threading.get_ident()  # others belong to the test runner
 
     def hook(event, arguments):
-        if log and event in ("import", "exec", "compile", "os.system", "subprocess.Popen"):
+        watched = event in ("import", "exec", "compile", "os.system", "subprocess.Popen")
+        if log and watched and threading.get_ident() == thread:
             log[0].append(event)
 
     sys.addaudithook(hook)  # for good, hence once

@@ -16,9 +16,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, WatermarkingConfig
 from transformers.generation import CompileConfig
 
+from hf_diffusion import DiffusionGenerationConfig
 from hf_diffusion.generation.configuration import DIFFUSION_FIELDS
 from hf_diffusion.generation.fields import EFFECTIVE_FIELDS, REFUSED_FIELDS
 from hf_diffusion.generation.output import DiffusionGenerateOutput
+from hf_diffusion.generation.strategies import BLOCK_STRATEGIES, LEARNED_ORDERS, STRATEGIES, find_strategy
 
 
 CASES = [(name, strategy) for name, family in FAMILIES.items() for strategy in family.strategies]
@@ -329,3 +331,43 @@ def test_a_field_has_its_effect_or_raises(field, name, strategy):
                 draw(name, strategy, **{field: REFUSED_VALUES[field]})
         finally:
             hook.remove()
+
+
+STRATEGY_VALUES = {
+    "num_streams": 2,
+    "block_length": 4,
+    "block_strategy": "spread",
+    "max_denoising_steps": 2,
+    "confidence_threshold": 0.5,
+    "entropy_bound": 0.5,
+    "learned_order": True,
+    "remasking": "cap",
+    "remasking_strength": 0.5,
+    "sliding_window": True,
+    "approximate_cache": True,
+    "reference_sampler": "ddpm_cache",
+}
+NEEDS = {"strided": {"num_streams": 2}, "ancestral": {"max_denoising_steps": 2}}
+
+
+def is_read(field, **settings):
+    learns_order = field == "learned_order"
+    config = DiffusionGenerationConfig(**{field: STRATEGY_VALUES[field], **settings})
+    try:
+        find_strategy(config, learns_order)
+    except ValueError as error:
+        assert f"`{field}`" in str(error)
+        return False
+    return True
+
+
+@pytest.mark.parametrize("field", sorted(set(DIFFUSION_FIELDS) - {"strategy"}))
+def test_a_field_of_the_strategies_is_read_by_those_that_the_table_names(field):
+    text = (Path(__file__).parents[2] / "docs" / "generate.md").read_text(encoding="utf-8")
+    (cell,) = re.findall(rf"^\| `{field}` \|([^|\n]*)\|[^|\n]*\|$", text, flags=re.MULTILINE)
+    named = set(re.findall(r"`(\w+)`", cell))
+    for name in STRATEGIES | (LEARNED_ORDERS if field == "learned_order" else {}):
+        assert is_read(field, strategy=name, **NEEDS.get(name, {})) == (name in named), name
+    for name in BLOCK_STRATEGIES if field != "block_strategy" else [STRATEGY_VALUES[field]]:
+        blocks = {"strategy": "semi_autoregressive", "block_strategy": name, "block_length": 4, **NEEDS.get(name, {})}
+        assert is_read(field, **blocks) == (name in named or "semi_autoregressive" in named), name
