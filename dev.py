@@ -107,7 +107,9 @@ def demo(args: list[str]) -> None:
 
 
 def test(args: list[str]) -> None:
-    step("running pytest", editable_install("test"), "-m", "pytest", "-n", "auto", "--dist", "loadfile", *args)
+    python = editable_install("test")
+    step("fetching transformers' own tests", python, "tests/transformers_tests.py")
+    step("running pytest", python, "-m", "pytest", "-n", "auto", "--dist", "loadfile", *args)
 
 
 def lint() -> None:

@@ -1,15 +1,14 @@
 """Timing side by side: every case in turn, several rounds, the best of each; then a table and a JSON file."""
 
 import json
-import platform
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+
+from hf_diffusion.evaluation import environment
 
 
 def best_seconds(
@@ -33,19 +32,6 @@ def best_seconds(
             case()
             best[name] = min(best[name], clock() - start)
     return best
-
-
-def environment() -> dict[str, Any]:
-    """What the figures depend on besides the code."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "commit": commit or None,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "machine": platform.machine(),
-    }
 
 
 def read_bandwidth() -> float:

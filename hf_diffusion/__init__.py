@@ -1,6 +1,7 @@
 """Masked-diffusion language models in the Hugging Face stack.
 
-Importing this package registers its model families with transformers' Auto classes.
+Importing this package registers its model families with transformers' Auto classes, and tells PEFT what to adapt in
+them.
 """
 
 from .generation.configuration import DiffusionGenerationConfig
@@ -14,6 +15,7 @@ from .modeling.configuration_lomdm import LoMDMConfig
 from .modeling.configuration_mdlm import MDLMConfig
 from .modeling.configuration_mdlm_ar import MDLMARConfig
 from .modeling.configuration_streams import CausalStreamsConfig
+from .modeling.lora_targets import register_lora_targets
 from .modeling.modeling_armd import ARMDForMaskedDiffusion
 from .modeling.modeling_armd_causal import ARMDForCausalLM
 from .modeling.modeling_lomdm import LoMDMForMaskedDiffusion
@@ -49,3 +51,4 @@ __all__ = [
 ]
 
 register()
+register_lora_targets()

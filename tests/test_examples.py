@@ -12,7 +12,10 @@ EXAMPLES = {
     "streams.py": "43 passes, 3.72 tokens per forward",
     "infill.py": "Good morrow, my lord.",
     "train.py": "train_loss",
+    "lora.py": "nats per token before",
+    "sft.py": "LEAR. The raven croaks, boy.",
 }
+REQUIRED = {"sft.py": "trl"}
 
 
 def test_every_example_is_here():
@@ -21,6 +24,8 @@ def test_every_example_is_here():
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example(name, tmp_path):
+    if name in REQUIRED:
+        pytest.importorskip(REQUIRED[name], reason=f"needs the extra `{REQUIRED[name]}`")
     command = [sys.executable, str(ROOT / "examples" / name)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False)
     assert result.returncode == 0, result.stderr[-3000:]

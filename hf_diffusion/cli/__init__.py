@@ -10,6 +10,7 @@ COMMANDS = {
     "demo": "watch the model that comes with the package write in parallel streams",
     "generate": "text from a model, by any strategy",
     "train": "train a model on text",
+    "evaluate": "the likelihood of a text, or tasks of lm-eval",
     "convert": "turn a checkpoint of another implementation into a folder that from_pretrained loads",
     "export": "write a model with the code that it needs where this package is not installed, and upload it",
 }

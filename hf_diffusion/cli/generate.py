@@ -16,6 +16,7 @@ from ..checkpoints import ARMD_SHAKESPEARE
 from ..generation.live_view import LiveView, colour_by_step
 from ..generation.mixin import DiffusionGenerationMixin
 from ..generation.output import DiffusionGenerateOutput
+from .devices import check_device
 
 
 SETTINGS: dict[str, tuple[Any, str]] = {
@@ -108,11 +109,7 @@ def _check(arguments: argparse.Namespace) -> None:
         )
     if arguments.seed is not None and not 0 <= arguments.seed < 2**62:
         raise ValueError(f"`seed` must be at least 0 and less than 2^62, got {arguments.seed}.")
-    try:
-        torch.empty(0, device=arguments.device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"`device`={arguments.device!r} is not to be had here: {reason} Try cpu.") from None
+    check_device(arguments.device)
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:

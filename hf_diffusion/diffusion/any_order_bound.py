@@ -16,7 +16,6 @@ the exact autoregressive negative log-likelihood with every draw.
 """
 
 import torch
-from torch.nn import functional as F
 
 from .masking import NoisedText
 
@@ -47,20 +46,54 @@ def mask_random_number(
     """
     batch_size, length = input_ids.shape
     block_size = length if block_size is None else min(block_size, length)
-    block_length = (length - torch.arange(0, length, block_size, device=input_ids.device)).clamp(max=block_size)
-    if number_uniforms.shape != (batch_size, len(block_length)):
+    block = (torch.arange(length, device=input_ids.device) // block_size).expand(batch_size, -1)
+    num_blocks = -(-length // block_size)
+    if number_uniforms.shape != (batch_size, num_blocks):
         raise ValueError(
-            f"`number_uniforms` must have shape {(batch_size, len(block_length))}, one for each block of each text, "
+            f"`number_uniforms` must have shape {(batch_size, num_blocks)}, one for each block of each text, "
             f"got {tuple(number_uniforms.shape)}."
         )
-    number = (number_uniforms * block_length).long() + 1  # a product with less than 1 is not rounded up to L
-    # What the last block lacks comes last in its order, and is never among the k smallest.
-    token_uniforms = F.pad(token_uniforms, (0, -length % block_size), value=torch.inf).unflatten(1, (-1, block_size))
-    smallest_first, positions = token_uniforms.sort(dim=2)
-    rank = positions.argsort(dim=2)
-    is_masked = (rank < number[..., None]).flatten(1)[:, :length]
-    probability = smallest_first.gather(2, number[..., None] - 1)[..., 0]
-    weight, sigma = block_length / number, -torch.log1p(-probability)
-    if len(block_length) > 1:
-        weight, sigma = (value.repeat_interleave(block_size, dim=1)[:, :length] for value in (weight, sigma))
+    maskable = torch.ones_like(input_ids, dtype=torch.bool)
+    noised = mask_random_number_of(maskable, block, input_ids, number_uniforms, token_uniforms, mask_token_id)
+    if num_blocks > 1:
+        return noised
+    return NoisedText(noised.input_ids, noised.weight[:, :1], noised.sigma[:, :1])
+
+
+def mask_random_number_of(
+    maskable: torch.Tensor,
+    block: torch.Tensor,
+    input_ids: torch.Tensor,
+    number_uniforms: torch.Tensor,
+    token_uniforms: torch.Tensor,
+    mask_token_id: int,
+) -> NoisedText:
+    """The same, of the positions `maskable` alone and in any blocks: L counts these, block by block and row by row.
+
+    Args:
+        maskable: bool [batch, length], False at given tokens and padding.
+        block: long [batch, length], the number of the block of each maskable position, from 0.
+        input_ids, number_uniforms, token_uniforms, mask_token_id: as in `mask_random_number`.
+
+    Returns:
+        Text, weight and sigma in nats, [batch, length]; weight and sigma are 0 where nothing is maskable.
+    """
+    num_blocks = number_uniforms.shape[1]
+    block = block.where(maskable, num_blocks)  # the others come last, in a block of their own
+    counts = torch.zeros_like(number_uniforms, dtype=torch.long)
+    counts = torch.nn.functional.pad(counts, (0, 1)).scatter_add(1, block, torch.ones_like(block))
+    first = counts.cumsum(dim=1) - counts
+    smallest_first = token_uniforms.argsort(dim=1)
+    order = smallest_first.gather(1, block.gather(1, smallest_first).argsort(dim=1, stable=True))
+    rank = order.argsort(dim=1) - first.gather(1, block)
+    counts, first = counts[:, :num_blocks], first[:, :num_blocks]
+    number = (number_uniforms * counts).long() + 1  # a product with less than 1 is not rounded up to L
+    greatest = order.gather(1, (first + number - 1).clamp(max=order.shape[1] - 1))
+    probability = token_uniforms.gather(1, greatest)
+
+    def of_positions(of_blocks: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(of_blocks, (0, 1)).gather(1, block)
+
+    is_masked = maskable & (rank < of_positions(number))
+    weight, sigma = of_positions(counts / number), of_positions(-torch.log1p(-probability))
     return NoisedText(input_ids.masked_fill(is_masked, mask_token_id), weight, sigma)

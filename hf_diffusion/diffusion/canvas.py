@@ -102,6 +102,45 @@ def read_labels(
     return labels
 
 
+def check_no_masks(labels: torch.Tensor, mask_token_id: int) -> None:
+    """Raise ValueError for labels [batch, length] among which there is the mask token."""
+    if not torch.compiler.is_compiling() and bool((labels == mask_token_id).any()):
+        raise ValueError(
+            f"`labels` hold the mask token ({mask_token_id}), which is never predicted. Put -100 at positions without "
+            "a token to predict."
+        )
+
+
+def read_text_and_labels(
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    labels: torch.Tensor,
+    vocab_size: int,
+    mask_token_id: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A text without masks, and its labels, -100 at padding too; long [batch, length] both.
+
+    Args:
+        input_ids: long [batch, length], masked or not where there is a label.
+        attention_mask, labels: as in `read_labels`.
+
+    Raises:
+        ValueError: for labels that are no text to predict, and for a text with masks where there is no label.
+    """
+    labels = read_labels(labels, input_ids, attention_mask, vocab_size)
+    check_no_masks(labels, mask_token_id)
+    text = torch.where(labels != -100, labels, input_ids)
+    hidden = text == mask_token_id
+    if attention_mask is not None and attention_mask.shape == text.shape:
+        hidden &= attention_mask != 0
+    if not torch.compiler.is_compiling() and bool(hidden.any()):
+        raise ValueError(
+            f"`input_ids` holds the mask token ({mask_token_id}) where there is no label, and a whole text is "
+            "needed. Pass its tokens as `labels`."
+        )
+    return text, labels
+
+
 def check_query_positions(query_positions: torch.Tensor, batch_size: int, length: int) -> None:
     """Raise ValueError unless `query_positions` [batch, queried] names positions of the text, or -1 for none."""
     if query_positions.ndim != 2 or query_positions.shape[0] != batch_size or query_positions.is_floating_point():

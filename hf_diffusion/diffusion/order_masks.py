@@ -137,12 +137,14 @@ def draw_masks_at(
     t: float,
     generator: torch.Generator | None = None,
     num_copies: int = 1,
+    uniforms: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Masks at one time, for the reconstruction term: each eligible position with probability t^e.
 
     Args:
         exponents, eligible, generator, num_copies: as in `draw_masks`.
         t: in (0, 1].
+        uniforms: [num_copies, batch, length] in [0, 1), to draw from; drawn themselves if not given.
 
     Returns:
         Bool [copies, batch, length].
@@ -153,7 +155,8 @@ def draw_masks_at(
     if not 0 < t <= 1:
         raise ValueError(f"`t` must be more than 0 and at most 1, got {t}.")
     exponents = _checked(exponents, eligible, num_copies)
-    uniforms = _uniforms((num_copies, *exponents.shape), exponents, generator)
+    if uniforms is None:
+        uniforms = _uniforms((num_copies, *exponents.shape), exponents, generator)
     log_t = uniforms.new_full(exponents.shape[:1], math.log(t))
     return _below_mask_probability(uniforms, exponents, eligible, log_t)
 

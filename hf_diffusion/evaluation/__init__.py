@@ -1,6 +1,8 @@
 """Likelihoods and their bounds, each called what it is."""
 
-from .lomdm_bound import BoundEstimate, estimate_lomdm_bound
+from ..modeling.bound_lomdm import BoundEstimate, estimate_lomdm_bound
+from .environment import environment
+from .text_likelihood import TextLikelihood, evaluate_text
 
 
-__all__ = ["BoundEstimate", "estimate_lomdm_bound"]
+__all__ = ["BoundEstimate", "TextLikelihood", "environment", "estimate_lomdm_bound", "evaluate_text"]

@@ -26,10 +26,11 @@ from .prompt import prepare_canvas
 from .reader import Reader
 from .recording import Recording
 from .reference_generation import generate_as_reference
-from .sampling import most_likely, sample_categorical
+from .sampling import Draw, draw_at_random, draw_most_likely, exclude
+from .scoring import BoundEstimator, Likelihood, ScoredText, score
 from .settings import settings_of_call
 from .strategies import find_strategy
-from .strategies.filling import Canvas, Filling
+from .strategies.filling import Canvas, Filling, Strategy
 from .streaming import StreamerFeed
 from .uniforms import draw_uniforms, seeds_of_rows
 
@@ -81,6 +82,18 @@ class DiffusionGenerationMixin(GenerationMixin):
 
     def inputs_at_level(self, level: torch.Tensor) -> dict[str, Any]:
         """Arguments of `forward` that depend on the share of masked positions, `level` [batch]."""
+        return {}
+
+    def log_likelihood_in_order(self, text: ScoredText, block_index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """For models that read `block_index`, from one pass: log-probability of every label, float [batch, length] in
+        nats, and whether no token is more likely, bool; 0 and False where there is none."""
+        raise NotImplementedError
+
+    def bound_estimators(
+        self, strategy: Strategy, config: DiffusionGenerationConfig
+    ) -> dict[str, Callable[[ScoredText], BoundEstimator]]:
+        """Bounds on the likelihood under a strategy that take fewer passes than the text has positions, by the names
+        that `score(estimator=...)` takes; the best first."""
         return {}
 
     def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
@@ -219,7 +232,48 @@ class DiffusionGenerationMixin(GenerationMixin):
             plan, attention_mask, filling, config, negative_prompt_ids, negative_prompt_attention_mask
         )
         feed = StreamerFeed(streamer, canvas, to_fill) if streamer is not None else None
-        return self._fill(canvas, to_fill, filling, reader, processing, ending, config, feed)
+        recording = Recording(to_fill, config) if config.return_dict_in_generate else None
+        draw = draw_at_random if config.do_sample else draw_most_likely
+        return self._fill(canvas, to_fill, filling, reader, processing, ending, config, draw, recording, feed)
+
+    @torch.no_grad()
+    def score(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        block_index: torch.Tensor | None = None,
+        num_draws: int | None = None,
+        estimator: str | None = None,
+        generator: torch.Generator | None = None,
+        seed: int | list[int] | None = None,
+        **settings: Any,
+    ) -> Likelihood:
+        r"""
+        The log-probability with which `generate` would draw texts, at temperature 1 and at their length.
+
+        It is exact where the order of positions follows from what is known: with "autoregressive", "strided",
+        "confidence" and the like. With orders that are drawn it is a lower bound, estimated from several draws.
+
+        Args:
+            input_ids: long [batch, length], the texts.
+            attention_mask: [batch, length], 0 at padding, which may be anywhere.
+            labels: long [batch, length], `input_ids` with -100 at tokens that are given; all are scored if not given.
+            block_index: long [batch, length], for ARMD: any order, given tokens first (see `diffusion.orders`).
+            num_draws: draws for an estimate, 2 at least; 16 if not given.
+            estimator: one of those that the strategy has (an error lists them); the best if not given. "orders" scores
+                the text in drawn orders.
+            generator, seed: as in `generate`: a text with a seed of its own has the same draws in any batch.
+            settings: the strategy and its fields, as in `generate`; the family's own if not given, whatever
+                `model.generation_config` says.
+
+        Raises:
+            ValueError: before any pass, for texts that the model cannot read, masks where there is no label, settings
+                without effect, and a model in training mode; afterwards, if a probability is not a number.
+        """
+        return score(
+            self, input_ids, attention_mask, labels, block_index, num_draws, estimator, generator, seed, settings
+        )
 
     def _make_reader(
         self,
@@ -259,14 +313,15 @@ class DiffusionGenerationMixin(GenerationMixin):
         masked: torch.Tensor,
         filling: Filling,
         reader: Reader | GuidedReader,
-        processing: Processing,
+        processing: Callable[..., torch.Tensor],
         ending: Ending,
         config: DiffusionGenerationConfig,
+        draw: Draw,
+        recording: Recording | None,
         feed: StreamerFeed | None,
     ) -> torch.Tensor | DiffusionGenerateOutput:
-        """Draw the masked positions of `canvas`, pass by pass."""
+        """Fill the masked positions of `canvas` with what `draw` draws, pass by pass."""
         started, mask_token_id = monotonic(), self.config.mask_token_id
-        recording = Recording(masked, config) if config.return_dict_in_generate else None
         canvas, passes = canvas.clone(), torch.zeros_like(canvas[:, 0])
 
         def scores_of(text: torch.Tensor, drawn: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
@@ -282,14 +337,14 @@ class DiffusionGenerationMixin(GenerationMixin):
             if not len(rows):
                 break
             reading = reader.read(rows, canvas, asked, step.level)
-            _exclude(mask_token_id, reading.logits)
+            exclude(mask_token_id, reading.logits)
             drawn = filling.choose(asked, reading.logits, reading.exponents)
             is_drawn = drawn[asked]
             logits = reading.logits[is_drawn]
             # A processor may write over what it is given.
             scores = processing(canvas, masked, drawn, logits.clone() if recording is not None else logits)
-            _exclude(mask_token_id, scores)
-            tokens = sample_categorical(scores, step.uniforms[drawn]) if config.do_sample else most_likely(scores)
+            exclude(mask_token_id, scores)
+            tokens = draw(scores, step.uniforms[drawn], drawn)
             if recording is not None:
                 states = reading.hidden_states
                 states = None if states is None else tuple(layer[is_drawn] for layer in states)
@@ -320,12 +375,6 @@ class DiffusionGenerationMixin(GenerationMixin):
             past_key_values=reader.cache if len(reader.rows) == len(canvas) else None,
             **recording.outputs(sequences, generated),
         )
-
-
-def _exclude(token_id: int, logits: torch.Tensor) -> None:
-    """Text never holds the sign for a position to fill, which may be in the vocabulary."""
-    if token_id < logits.shape[-1]:
-        logits[:, token_id] = -torch.inf
 
 
 __all__ = ["DiffusionGenerationMixin"]

@@ -1,7 +1,12 @@
 """Drawing a token from logits, exactly."""
 
+from collections.abc import Callable
+
 import torch
 
+
+Draw = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Maps scores [drawn, vocab_size], uniforms [drawn] and where they are, bool [batch, length], to tokens [drawn]."""
 
 NOT_A_DISTRIBUTION = "`logits` hold NaN, or exclude every token: there is nothing to draw from."
 
@@ -44,3 +49,19 @@ def sample_categorical(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Te
     # Rounding may make u * total equal to the total; the draw must stay below it.
     below_total = torch.minimum(uniforms[..., None] * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, below_total, right=True).squeeze(-1)
+
+
+def draw_at_random(scores: torch.Tensor, uniforms: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+    """A `Draw`: from the law that the scores are of."""
+    return sample_categorical(scores, uniforms)
+
+
+def draw_most_likely(scores: torch.Tensor, uniforms: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+    """A `Draw`: without chance."""
+    return most_likely(scores)
+
+
+def exclude(token_id: int, logits: torch.Tensor) -> None:
+    """In place: text never holds the sign for a position to fill, which may be in the vocabulary."""
+    if token_id < logits.shape[-1]:
+        logits[..., token_id] = -torch.inf

@@ -54,7 +54,7 @@ def settings_of_call(
     config.update(**inherited, defaults_only=True)
     config.update(**defaults, defaults_only=True)
     config.update(**{name: defaults.get(name) if value is None else value for name, value in kwargs.items()})
-    _set_default_strategies(model, config)
+    set_default_strategies(model, config)
     check_fields(type(model).__name__, config)
     _check_tokens(model, config)
     if config.num_return_sequences < 1:
@@ -74,7 +74,8 @@ def _check_together(settings: dict[str, Any]) -> None:
                 )
 
 
-def _set_default_strategies(model: Any, config: DiffusionGenerationConfig) -> None:
+def set_default_strategies(model: Any, config: DiffusionGenerationConfig) -> None:
+    """Fill in what the family takes where `config` names no strategy."""
     if config.strategy is None:
         config.strategy = model.default_strategy(config.max_denoising_steps, in_block=False)
     if config.strategy == SEMI_AUTOREGRESSIVE:

@@ -5,7 +5,7 @@ from typing import Any, Literal
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
-from .configuration_checks import check_heads, check_model_type, check_sizes, check_token_ids, checked
+from .configuration_checks import check_activation, check_heads, check_model_type, check_sizes, check_token_ids, checked
 
 
 @checked
@@ -90,6 +90,7 @@ class ARMDConfig(PreTrainedConfig):
         """Raise ValueError where the numbers do not fit together (called by `@checked`)."""
         check_sizes(self)
         check_heads(self)
+        check_activation(self)
         if self.num_two_stream_layers is not None and not 1 <= self.num_two_stream_layers <= self.num_hidden_layers:
             raise ValueError(
                 f"`num_two_stream_layers` must be between 1 and `num_hidden_layers` ({self.num_hidden_layers}), got "

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassError
+from transformers.activations import ACT2FN
 
 
 Config = TypeVar("Config")
@@ -47,6 +48,12 @@ def check_heads(config: Any) -> None:
             f"`hidden_size` ({config.hidden_size}) must be an even multiple of `num_attention_heads` "
             f"({config.num_attention_heads}): rotary embeddings turn pairs of channels of a head."
         )
+
+
+def check_activation(config: Any) -> None:
+    """Raise ValueError for an activation that transformers does not know."""
+    if config.hidden_act not in ACT2FN:
+        raise ValueError(f"`hidden_act` must be one of {', '.join(sorted(ACT2FN))}, got {config.hidden_act!r}.")
 
 
 def check_token_ids(config: Any, names: tuple[str, ...]) -> None:

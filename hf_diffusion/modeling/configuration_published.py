@@ -5,7 +5,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
-from .configuration_checks import check_heads, check_model_type, check_sizes, check_token_ids, checked
+from .configuration_checks import check_activation, check_heads, check_model_type, check_sizes, check_token_ids, checked
 
 
 @checked
@@ -92,9 +92,10 @@ class PublishedConfig(PreTrainedConfig):
                 kwargs.pop(name, None)
 
     def validate_architecture(self) -> None:
-        """Raise ValueError unless the heads divide the width into even parts (called by `@checked`)."""
+        """Raise ValueError where settings do not fit together (called by `@checked`)."""
         check_sizes(self)
         check_heads(self)
+        check_activation(self)
 
     def validate_token_ids(self) -> None:
         """Raise ValueError for special tokens outside the vocabulary (called by `@checked`).

@@ -91,15 +91,6 @@ def read_text(
     return real
 
 
-def check_no_masks(labels: torch.Tensor, mask_token_id: int) -> None:
-    """Raise ValueError for labels [batch, length] among which there is the mask token."""
-    if not torch.compiler.is_compiling() and bool((labels == mask_token_id).any()):
-        raise ValueError(
-            f"`labels` hold the mask token ({mask_token_id}), which is never predicted. Put -100 at positions without "
-            "a token to predict."
-        )
-
-
 def check_noised(
     noised: Any, text: torch.Tensor, attention_mask: torch.Tensor | None, mask_token_id: int
 ) -> NoisedText:

@@ -29,15 +29,15 @@ class NoiseEmbedding(nn.Module):
         self.in_proj = nn.Linear(NUM_SINUSOIDS, config.conditioning_size)
         self.out_proj = nn.Linear(config.conditioning_size, config.conditioning_size)
 
-    def forward(self, sigma: torch.Tensor) -> torch.Tensor:
-        """Maps sigma [batch] in nats to [batch, conditioning_size]."""
+    def forward(self, sigma: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Maps sigma [batch] in nats to [batch, conditioning_size] of `dtype`; the weights may be of a wider one."""
         half = NUM_SINUSOIDS // 2
         steps = torch.arange(half, device=sigma.device, dtype=torch.float32)
         angles = sigma.float()[:, None] * torch.exp(-math.log(10000) / half * steps)
-        code = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.in_proj.weight.dtype)
+        code = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.in_proj.bias.dtype)  # quantisation spares it
         # In full precision also under autocast, as published: an error here shifts the whole network.
         with torch.autocast(sigma.device.type, enabled=False):
-            return F.silu(self.out_proj(F.silu(self.in_proj(code))))
+            return F.silu(self.out_proj(F.silu(self.in_proj(code)))).to(dtype)
 
 
 class MDLMAttention(nn.Module):

@@ -26,15 +26,18 @@ from transformers.utils.generic import can_return_tuple
 from ..diffusion.canvas import read_labels
 from ..generation.configuration import DiffusionGenerationConfig
 from ..generation.mixin import DiffusionGenerationMixin
-from ..hub.saving import PreTrainedModelWithCode
+from ..generation.sampling import exclude
+from ..generation.scoring import ScoredText
+from .absent_arguments import without_absent_arguments
 from .cache_armd import ARMDCache
 from .configuration_armd import ARMDConfig
 from .initial_std import init_with_own_std, linear_with_std
-from .loss import chunked_cross_entropy
+from .loss import chunked_cross_entropy, chunked_nll
 from .masks import NOWHERE
 from .masks_armd import Attend, Attends, plan_attention
 from .outputs import MaskedDiffusionOutput, QueryModelOutput
 from .prefix_aggregation import PositionEncoding, aggregate_causally, aggregate_visible, prefix_state
+from .pretrained import CheckedPreTrainedModel
 from .rows_armd import START, UNKNOWN, Canvas, Rows, plan_rows, read_canvas
 
 
@@ -155,7 +158,7 @@ def _residual_std(config: ARMDConfig) -> float:
     return config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
 
 
-class ARMDPreTrainedModel(PreTrainedModelWithCode):
+class ARMDPreTrainedModel(CheckedPreTrainedModel):
     family = "ARMD, an auto-regressive masked diffusion model"
     paper = "https://arxiv.org/abs/2601.16971"
     config: ARMDConfig
@@ -166,10 +169,7 @@ class ARMDPreTrainedModel(PreTrainedModelWithCode):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-
-    def __init__(self, config: ARMDConfig) -> None:
-        config.validate()  # `from_pretrained(..., name=value)` changes a configuration after it was checked
-        super().__init__(config)
+    _keep_in_fp32_modules = ["position_encoding.proj"]  # small, and every query is a sum over it: never quantised
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -251,6 +251,8 @@ class ARMDModel(ARMDNetwork):
     ) -> QueryModelOutput:
         """See `ARMDForMaskedDiffusion.forward`; returns hidden states in place of logits."""
         cache = past_key_values
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         canvas, rows = self._plan(input_ids, attention_mask, block_index, query_positions, cache)
         positions = torch.cat([_take(canvas.position, rows.content, 0), _take(canvas.position, rows.query, 0)], dim=1)
         content_states, query_states = self._embed(input_ids, canvas, rows, positions, cache)
@@ -301,7 +303,7 @@ class ARMDModel(ARMDNetwork):
         input_ids = input_ids.masked_fill(unread, 0)
         content = self.embed_tokens(_take(input_ids, rows.content, 0))
         content = torch.where((rows.content == START)[..., None], self.start.to(content.dtype), content)
-        encoding = self.position_encoding(positions)
+        encoding = self.position_encoding(positions, content.dtype)
         content_encoding, query_encoding = encoding.split([rows.content.shape[1], rows.query.shape[1]], dim=1)
 
         later_pass = cache is not None and cache.num_passes > 0
@@ -348,6 +350,7 @@ class ARMDForMaskedDiffusion(ARMDNetworkWithHead, DiffusionGenerationMixin):
     reads_block_index = True
 
     @can_return_tuple
+    @without_absent_arguments
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -411,6 +414,21 @@ class ARMDForMaskedDiffusion(ARMDNetworkWithHead, DiffusionGenerationMixin):
         return MaskedDiffusionOutput(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
+
+    def log_likelihood_in_order(self, text: ScoredText, block_index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        outputs = self.model(text.input_ids, attention_mask=text.attention_mask, block_index=block_index)
+        mask_token_id, most_likely = self.config.mask_token_id, []
+        assert mask_token_id is not None
+
+        def logits(hidden_states: torch.Tensor) -> torch.Tensor:
+            logits = self.lm_head(hidden_states)
+            exclude(mask_token_id, logits)
+            most_likely.append(logits.argmax(dim=-1))
+            return logits
+
+        nll = chunked_nll(outputs.last_hidden_state, text.labels, logits, self.config.vocab_size)
+        most_likely_tokens = torch.full_like(text.labels, -1).masked_scatter(text.to_predict, torch.cat(most_likely))
+        return -nll, text.to_predict & (most_likely_tokens == text.labels)
 
 
 def _take(values: torch.Tensor, index: torch.Tensor, otherwise: int) -> torch.Tensor:

@@ -97,8 +97,8 @@ class ARMDCausalModel(ARMDNetwork):
         cache: TokenCache | None,
     ) -> torch.Tensor:
         """Query rows [batch, 1 + new, hidden_size], from eq. 6."""
-        content_encoding = self.position_encoding(content_position)
-        query_encoding = self.position_encoding(query_position)
+        content_encoding = self.position_encoding(content_position, content.dtype)
+        query_encoding = self.position_encoding(query_position, content.dtype)
         if attention_mask is None:
             read = content
         else:
@@ -116,7 +116,9 @@ class ARMDCausalModel(ARMDNetwork):
                 position, visible = real.long().cumsum(dim=1), (slot < past) & real
             row = torch.arange(query.shape[1], device=content.device)[:, None]
             # A static cache may be longer than the context; what it has no use for is not visible.
-            past_encoding = self.position_encoding(position.clamp(max=self.config.max_position_embeddings))
+            past_encoding = self.position_encoding(
+                position.clamp(max=self.config.max_position_embeddings), content.dtype
+            )
             query = query + aggregate_visible(query_encoding, past_encoding, embeddings, visible[:, None] & (row > 0))
         assert self.config.prefix_scale is not None
         return query * self.config.prefix_scale

@@ -6,7 +6,9 @@ flows from them into the backbone.
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,13 +16,18 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.utils.generic import can_return_tuple
 
-from ..diffusion.canvas import read_labels
+from ..diffusion.canvas import read_text_and_labels
 from ..diffusion.order_bound import bound_terms, rloo_loss
 from ..diffusion.order_diagnostics import diagnostics
 from ..diffusion.order_masks import OrderEstimator, check_estimator, check_uniforms, draw_masks
-from ..generation.strategies.filling import Filling
+from ..generation.configuration import DiffusionGenerationConfig
+from ..generation.scoring import BoundEstimator, ScoredText
+from ..generation.strategies.filling import Filling, Strategy
+from ..generation.strategies.learned_order import LEARNED_FIRST_HITTING
+from .absent_arguments import without_absent_arguments
+from .bound_lomdm import SCORE_ESTIMATORS, LearnedOrderBound
 from .configuration_lomdm import LoMDMConfig
-from .inputs_mdlm import check_no_masks, read_text
+from .inputs_mdlm import read_text
 from .layers_mdlm import take_rows
 from .loss import chunked_nll
 from .modeling_mdlm import MDLMForMaskedDiffusion, Modulations
@@ -63,6 +70,7 @@ class LoMDMForMaskedDiffusion(MDLMForMaskedDiffusion):
     family = "LoMDM, an MDLM that learns the order of generation"
     paper = "https://arxiv.org/abs/2602.02112"
     config: LoMDMConfig
+    _no_split_modules = ["PreNormLayer"]  # of the heads; the network adds its own
     learns_order = True
 
     def __init__(self, config: LoMDMConfig) -> None:
@@ -104,7 +112,15 @@ class LoMDMForMaskedDiffusion(MDLMForMaskedDiffusion):
     def inputs_of_all_passes(self, filling: Filling) -> dict[str, Any]:
         return {**super().inputs_of_all_passes(filling), "output_exponents": filling.reads_exponents}
 
+    def bound_estimators(
+        self, strategy: Strategy, config: DiffusionGenerationConfig
+    ) -> dict[str, Callable[[ScoredText], BoundEstimator]]:
+        if strategy is LEARNED_FIRST_HITTING and config.strategy == strategy.name:
+            return {name: partial(LearnedOrderBound, self, name) for name in SCORE_ESTIMATORS}
+        return super().bound_estimators(strategy, config)
+
     @can_return_tuple
+    @without_absent_arguments
     def forward(  # type: ignore[override]  # noise levels and caches are not for this model
         self,
         input_ids: torch.Tensor,
@@ -231,18 +247,7 @@ class LoMDMForMaskedDiffusion(MDLMForMaskedDiffusion):
         Raises:
             ValueError: for labels that are no text to predict, and for a text with masks where there is no label.
         """
-        labels = read_labels(labels, input_ids, attention_mask, self.config.vocab_size)
-        check_no_masks(labels, self.mask_token_id)
-        text = torch.where(labels != -100, labels, input_ids)
-        hidden = text == self.mask_token_id
-        if attention_mask is not None and attention_mask.shape == text.shape:
-            hidden &= attention_mask != 0
-        if not torch.compiler.is_compiling() and bool(hidden.any()):
-            raise ValueError(
-                f"`input_ids` holds the mask token ({self.mask_token_id}) where there is no label, and the order is "
-                "read from a whole text. Pass its tokens as `labels`."
-            )
-        return text, labels
+        return read_text_and_labels(input_ids, attention_mask, labels, self.config.vocab_size, self.mask_token_id)
 
     def read_masked_copies(
         self, text: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor | None, masked: torch.Tensor

@@ -5,6 +5,8 @@ Most published models are not told the noise level; for them that function is a 
 text is generated block after block (BD3-LM, arXiv 2503.09573): what is read is never later, and a cache is exact.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,17 +15,21 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple
 
-from ..diffusion.canvas import read_labels
+from ..diffusion.canvas import check_no_masks, read_labels
 from ..diffusion.masking import NoisedText, draw_noised_text
 from ..generation.configuration import DiffusionGenerationConfig
 from ..generation.mixin import DiffusionGenerationMixin
-from ..generation.strategies.filling import Filling
+from ..generation.scoring import BoundEstimator, ScoredText
+from ..generation.strategies.filling import Filling, Strategy
+from ..generation.strategies.first_hitting import FIRST_HITTING
+from .absent_arguments import without_absent_arguments
 from .approximate_cache_mdlm import ApproximateMDLMCache, rows_not_kept
 from .blocks_mdlm import next_rows, two_copies
+from .bound_mdlm import NumberOfMasks
 from .cache_mdlm import MDLMCache
 from .configuration_mdlm import MDLMConfig
 from .initial_std import linear_with_std
-from .inputs_mdlm import check_cache, check_no_masks, check_noised, read_noise_level, read_text
+from .inputs_mdlm import check_cache, check_noised, read_noise_level, read_text
 from .layers_mdlm import MDLMLayer, NoiseEmbedding, modulate, take_rows
 from .loss import chunked_cross_entropy
 from .outputs import MaskedDiffusionOutput, QueryModelOutput
@@ -39,6 +45,7 @@ class MDLMModel(PublishedModel):
     """The network without its head: one hidden state per position."""
 
     config: MDLMConfig
+    _no_split_modules = ["MDLMLayer"]
 
     def __init__(self, config: MDLMConfig) -> None:
         super().__init__(config)
@@ -61,7 +68,8 @@ class MDLMModel(PublishedModel):
         Args:
             sigma, t: as in `MDLMForMaskedDiffusion.forward`.
         """
-        conditioning = self.noise_embedding(read_noise_level(self.config, sigma, t, self.embed_tokens.weight.device))
+        noise_level = read_noise_level(self.config, sigma, t, self.device)
+        conditioning = self.noise_embedding(noise_level, self.embed_tokens.weight.dtype)
         modules: list[Any] = [*(layer.modulation for layer in self.layers), self.final_shift_scale]
         return tuple(module(conditioning)[:, None] for module in modules)
 
@@ -84,10 +92,13 @@ class MDLMModel(PublishedModel):
             clean_ids: long [batch, length], for models with `block_size`: the text that `input_ids` has been made of.
                 Every block of `input_ids` then reads itself and the blocks of `clean_ids` before it.
         """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         conditioning = None
         if modulations is None:
             conditioning = self.noise_embedding(
-                read_noise_level(self.config, sigma, t, input_ids.device, input_ids.shape[0])
+                read_noise_level(self.config, sigma, t, input_ids.device, input_ids.shape[0]),
+                self.embed_tokens.weight.dtype,
             )
         elif sigma is not None or t is not None:
             raise ValueError("`modulations` hold the noise level already: leave out `sigma` and `t`.")
@@ -219,7 +230,16 @@ class MDLMForMaskedDiffusion(PublishedModelWithHead, DiffusionGenerationMixin):
         most = schedule.mask_probability(torch.ones((), dtype=torch.float64, device=level.device))
         return {"t": schedule.time_at_mask_probability(level * most).clamp(0, 1)}
 
+    def bound_estimators(
+        self, strategy: Strategy, config: DiffusionGenerationConfig
+    ) -> dict[str, Callable[[ScoredText], BoundEstimator]]:
+        in_own_blocks = config.strategy == "semi_autoregressive" and self.config.block_size is not None
+        if strategy is FIRST_HITTING and (config.strategy == strategy.name or in_own_blocks):
+            return {"number_of_masks": partial(NumberOfMasks, self)}
+        return {}
+
     @can_return_tuple
+    @without_absent_arguments
     def forward(
         self,
         input_ids: torch.Tensor,

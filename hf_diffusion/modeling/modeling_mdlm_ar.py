@@ -6,6 +6,7 @@ n + 1, and text comes from transformers' own `generate`.
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
@@ -13,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple
 
+from .absent_arguments import without_absent_arguments
 from .configuration_mdlm_ar import MDLMARConfig
 from .layers_mdlm import PreNormLayer
 from .loss import chunked_cross_entropy
@@ -23,6 +25,7 @@ class MDLMARModel(PublishedModel):
     """The network without its head: one hidden state per position."""
 
     config: MDLMARConfig
+    _no_split_modules = ["PreNormLayer"]
 
     def __init__(self, config: MDLMARConfig) -> None:
         super().__init__(config)
@@ -45,6 +48,8 @@ class MDLMARModel(PublishedModel):
         output_hidden_states: bool | None = None,
     ) -> BaseModelOutputWithPast:
         """See `MDLMARForCausalLM.forward`; returns hidden states in place of logits."""
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -79,6 +84,7 @@ class MDLMARForCausalLM(PublishedModelWithHead, GenerationMixin):
     model_class = MDLMARModel
 
     @can_return_tuple
+    @without_absent_arguments
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -90,6 +96,7 @@ class MDLMARForCausalLM(PublishedModelWithHead, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         output_hidden_states: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        shift_labels: torch.Tensor | None = None,
     ) -> CausalLMOutputWithPast:
         r"""
         Row n of the logits predicts token n + 1, as transformers has it. The mask token is never predicted (-inf).
@@ -105,14 +112,18 @@ class MDLMARForCausalLM(PublishedModelWithHead, GenerationMixin):
             logits_to_keep: compute logits at the last so many positions, or at those in a tensor; 0 for all.
             output_hidden_states: return the residual stream before the first layer and after every layer.
             num_items_in_batch: divides the loss in place of the number of labels (set by `Trainer`).
+            shift_labels: long [batch, length], in place of `labels`: row n of it is what row n of the logits predicts
+                (set by `Trainer`, where a text is spread over devices).
         """
         outputs = self.model(
             input_ids, attention_mask, position_ids, past_key_values, use_cache, output_hidden_states, return_dict=True
         )
         hidden_states, loss, logits = outputs.last_hidden_state, None, None
-        if labels is not None:
+        if labels is not None and shift_labels is None:
+            shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
+        if shift_labels is not None:
             loss = chunked_cross_entropy(
-                hidden_states[:, :-1], labels[:, 1:], self._logits, self.config.vocab_size, num_items_in_batch
+                hidden_states, shift_labels, self._logits, self.config.vocab_size, num_items_in_batch
             )
         else:
             rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -47,6 +47,7 @@ def can_pack(linear: nn.Module) -> bool:
     """Whether this build of PyTorch has the (private) operators, and this layer is one that they serve."""
     return (
         type(linear) in (nn.Linear, PackedLinear)
+        and type(linear.weight) is nn.Parameter
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -28,13 +28,14 @@ class PositionEncoding(nn.Module):
             # Unlike the other weights this one shapes a kernel of positions: it starts at torch's own scale.
             self.proj = linear_with_std(self.size, self.size, std=(3 * self.size) ** -0.5)
 
-    def forward(self, positions: torch.Tensor) -> torch.Tensor:
+    def forward(self, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Encodings in `dtype`, that of the embeddings to be summed: this module may be held in a wider one."""
         if self.form == "learned":
-            return self.table(positions)
+            return self.table(positions).to(dtype)
         # Angles in float32 whatever the model's dtype: bfloat16 cannot tell position 257 from 256.
         half = torch.arange(self.size // 2, device=positions.device, dtype=torch.float32)
         angles = positions[..., None].float() * torch.exp(half * (-math.log(10000.0) / (self.size // 2)))
-        return self.proj(torch.cat([angles.sin(), angles.cos()], dim=-1).to(self.proj.weight.dtype))
+        return self.proj(torch.cat([angles.sin(), angles.cos()], dim=-1).to(self.proj.weight.dtype)).to(dtype)
 
 
 def aggregate_causally(

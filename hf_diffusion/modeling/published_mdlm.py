@@ -11,29 +11,25 @@ from torch import nn
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
 
-from ..hub.saving import PreTrainedModelWithCode
 from .initial_std import linear_with_std
 from .layers_mdlm import init_linear
+from .pretrained import CheckedPreTrainedModel
 
 
-class PublishedModel(PreTrainedModelWithCode):
+class PublishedModel(CheckedPreTrainedModel):
     """What transformers has to know of these models."""
 
     family = "MDLM, a masked diffusion language model"
     paper = "https://arxiv.org/abs/2406.07524"
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["MDLMLayer", "PreNormLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _keep_in_fp32_modules = ["noise_embedding.in_proj", "noise_embedding.out_proj"]  # nor are they ever quantised
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$"]  # published files hold it; the config says it
-
-    def __init__(self, config: Any) -> None:
-        config.validate()  # `from_pretrained(..., name=value)` changes a configuration after it was checked
-        super().__init__(config)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

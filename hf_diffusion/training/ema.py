@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
@@ -15,6 +17,8 @@ FILE_NAME = "ema.safetensors"
 
 class EMACallback(TrainerCallback):
     """Averages the trainable weights after every optimiser step, and keeps the average in the Trainer's checkpoints.
+
+    It is the last file of a checkpoint, and there once all others are (see `last_complete_checkpoint`).
 
     The decay warms up as min(decay, (1 + n) / (10 + n)) after n steps, so that early weights are forgotten.
 
@@ -45,7 +49,10 @@ class EMACallback(TrainerCallback):
                     "missing. Resume from a checkpoint in `output_dir` that was written with this callback."
                 )
             for name, weight in load_file(saved).items():
-                self.average[name].copy_(weight)
+                average = self.average[name]
+                if isinstance(average, DTensor):
+                    weight = distribute_tensor(weight, average.device_mesh, average.placements)
+                average.copy_(weight)
 
     @torch.no_grad()
     def on_step_end(
@@ -57,8 +64,17 @@ class EMACallback(TrainerCallback):
             average.lerp_(weights[name].to(average.dtype), 1 - decay)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # Where weights are sharded, every process has to take part in putting them together.
+        whole = {
+            name: average.full_tensor() if isinstance(average, DTensor) else average
+            for name, average in self.average.items()
+        }
+        PartialState().wait_for_everyone()
         if state.is_world_process_zero:
-            save_file(self.average, self._path(args, state))
+            path = self._path(args, state)
+            unfinished = path.with_suffix(".unfinished")
+            save_file(whole, unfinished)
+            unfinished.replace(path)
 
     @contextmanager
     def applied(self, model: Any) -> Iterator[None]:
@@ -78,6 +94,12 @@ class EMACallback(TrainerCallback):
     @staticmethod
     def _path(args: TrainingArguments, state: TrainerState) -> Path:
         return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / FILE_NAME
+
+
+def last_complete_checkpoint(folder: Path) -> Path | None:
+    """The last of a Trainer's checkpoints in `folder` that was written to its end; None if there is none."""
+    complete = {int(path.parent.name.split("-")[-1]): path.parent for path in folder.glob(f"checkpoint-*/{FILE_NAME}")}
+    return complete[max(complete)] if complete else None
 
 
 def _weights(model: Any) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel, TrainingArguments
 from .curves import LossCurveCallback
 from .data import MASK, TokenTexts, load_text, tokenize, train_tokenizer
 from .diagnostics import DiagnosticTrainer
-from .ema import EMACallback
+from .ema import EMACallback, last_complete_checkpoint
 from .recipe import TrainingRecipe
 
 
@@ -64,10 +64,12 @@ def train(recipe: TrainingRecipe) -> dict[str, Any]:
     if trainer.is_world_process_zero():
         _settings_file(recipe).parent.mkdir(parents=True, exist_ok=True)
         _settings_file(recipe).write_text(json.dumps(_settings(recipe), indent=2) + "\n")
-    trainer.train(resume_from_checkpoint=recipe.resume or None)
+    checkpoint = _last_checkpoint(recipe) if recipe.resume else None
+    trainer.train(resume_from_checkpoint=checkpoint)
     with ema.applied(model):
+        weights = trainer.accelerator.get_state_dict(model)  # put together, where they are sharded
         if trainer.is_world_process_zero():
-            _save(model, tokenizer, recipe)
+            _save(model, weights, tokenizer, recipe)
         losses = {
             name: [trainer.evaluate(draw, metric_key_prefix="final")["final_loss"] for draw in draws]
             for name, draws in evaluations.items()
@@ -104,6 +106,17 @@ def _settings_file(recipe: TrainingRecipe) -> Path:
     return recipe.output / "checkpoints" / "settings.json"
 
 
+def _last_checkpoint(recipe: TrainingRecipe) -> str:
+    """Where to go on: a run that was killed while it wrote a checkpoint goes on from the one before."""
+    checkpoint = last_complete_checkpoint(recipe.output / "checkpoints")
+    if checkpoint is None:
+        raise ValueError(
+            f"`output`={str(recipe.output)!r} holds no complete checkpoint to `resume` from. Leave out `resume`, and "
+            "name another folder if there are incomplete ones."
+        )
+    return str(checkpoint)
+
+
 def _check_continued(recipe: TrainingRecipe) -> None:
     """Raise ValueError if a run is to be continued as another one."""
     if not recipe.resume or not _settings_file(recipe).is_file():
@@ -126,12 +139,11 @@ def _load_texts(recipe: TrainingRecipe) -> tuple[list[str], list[str]]:
     return split_text(documents, recipe.validation_fraction)
 
 
-def _save(model: PreTrainedModel, tokenizer: Any, recipe: TrainingRecipe) -> None:
-    weights = model.state_dict()
+def _save(model: PreTrainedModel, weights: dict[str, torch.Tensor], tokenizer: Any, recipe: TrainingRecipe) -> None:
+    # With a state dict of its own the config keeps the dtype to compute in. Tied weights are stored once.
+    weights = {name: weight for name, weight in weights.items() if name not in model.all_tied_weights_keys}
     if recipe.store_half:
-        # With a state dict of its own the config keeps the dtype to compute in. Tied weights are stored once.
-        tied = model.all_tied_weights_keys
-        weights = {name: weight.half() for name, weight in weights.items() if name not in tied}
+        weights = {name: weight.half() for name, weight in weights.items()}
     del model.config.use_cache  # Trainer has put one there; what the configuration's class says is right
     model.save_pretrained(recipe.output, state_dict=weights)
     tokenizer.save_pretrained(recipe.output)

@@ -99,6 +99,35 @@ def test_every_estimator_has_the_bound_as_its_mean(model, estimator):
             assert abs(float(values.mean()) - float(without_timing)) < 4 * error
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "estimator", [None, "jump_chain_without_timing", "jump_chain", "mask_fraction", "power_time", "uniform_time"]
+)
+def test_score_estimates_the_same_bounds(model, estimator):
+    for row in ROWS[:2]:
+        scored = model.score(TEXTS[row : row + 1].repeat(500, 1), num_draws=12, estimator=estimator, seed=7)
+        bound, without_timing = exact_bounds(model, TEXTS[row])
+        expected = without_timing if estimator in (None, "jump_chain_without_timing") else bound
+        values = -scored.log_likelihood
+        error = float(values.std()) / len(values) ** 0.5
+        slack = 0.02 if estimator in ("uniform_time", "power_time") else 0.0  # what is cut off costs a little more
+        assert -4 * error < float(values.mean()) - float(expected) < 4 * error + slack
+        assert float(scored.standard_error.square().mean().sqrt()) == pytest.approx(float(values.std()), rel=0.5)
+        assert scored.token_log_likelihood is None
+        assert ("not in `generate`" in scored.sampler) == (estimator in ("uniform_time", "power_time"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("estimator", ["jump_chain_without_timing", "jump_chain", "mask_fraction", "uniform_time"])
+def test_a_score_does_not_depend_on_the_batch_or_the_padding(estimator):
+    model, ids = tiny_lomdm(), text(1, 8)
+    alone = model.score(ids, num_draws=3, estimator=estimator, seed=5).log_likelihood
+    padded, mask = torch.zeros(2, 11, dtype=torch.long), torch.ones(2, 11)
+    padded[1, 2:10], mask[1, :2], mask[1, 10:] = ids[0], 0, 0
+    together = model.score(padded, mask, num_draws=3, estimator=estimator, seed=4).log_likelihood
+    torch.testing.assert_close(together[1:], alone)
+
+
 def test_the_loss_is_the_bound_and_has_its_gradient():
     """Also for the law of the masks: the exact bound is differentiable in everything."""
     model = toy(tiny_lomdm, c1=1.0, c2=0.9).double()

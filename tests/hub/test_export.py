@@ -121,7 +121,10 @@ class TestFiles:
         original = (ROOT / "hf_diffusion" / "modeling" / "modeling_lomdm.py").read_text().splitlines()
         flat = [line for line in (folders / "lomdm" / "modeling_lomdm.py").read_text().splitlines() if line[:1] != "#"]
         changed = [(old, new) for old, new in zip(original, flat, strict=True) if old != new]
-        assert ("from ..diffusion.canvas import read_labels", "from .diffusion_canvas import read_labels") in changed
+        assert (
+            "from ..diffusion.canvas import read_text_and_labels",
+            "from .diffusion_canvas import read_text_and_labels",
+        ) in changed
         assert all(re.match(r"from \.\.\w", old) and re.match(r"from \.\w+ import", new) for old, new in changed)
 
     @pytest.mark.parametrize("name", NAMES)

@@ -97,3 +97,13 @@ def test_it_reads_the_past_only(model):
     changed[0, 5] = (changed[0, 5] + 1) % 11
     different = (model(ids).logits != model(changed).logits).any(-1)[0]
     assert not bool(different[:5].any()) and bool(different[5:].all())
+
+
+def test_a_text_in_two_shards_has_the_loss_of_the_whole(model):
+    ids = torch.randint(11, (2, 9))
+    targets = torch.cat([ids[:, 1:], torch.full((2, 1), -100)], dim=1)
+    whole = model(ids, labels=ids).loss
+    torch.testing.assert_close(model(ids, labels=torch.zeros_like(ids), shift_labels=targets).loss, whole)
+    first = model(ids[:, :4], shift_labels=targets[:, :4], num_items_in_batch=16).loss
+    second = -model(ids).logits.log_softmax(-1)[:, 4:8].gather(-1, targets[:, 4:8, None]).sum() / 16
+    torch.testing.assert_close(first + second, whole)
