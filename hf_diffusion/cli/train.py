@@ -12,33 +12,45 @@ from ..training.run import train
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     summaries = "; ".join(f"{family}: {recipe.summary}" for family, recipe in FAMILIES.items())
-    parser.add_argument("--family", default="armd", help=f"{summaries} (default: armd)")
+    parser.add_argument("--family", help=f"{summaries} (default: armd; causal_streams with --from-causal-lm)")
     groups: dict[tuple[str, ...], Any] = {tuple(FAMILIES): parser}
     for name, families in _families_of_flags().items():
         if families not in groups:
             groups[families] = parser.add_argument_group(f"with --family {' or '.join(families)} only")
-        recipe = FAMILIES[families[0]]
-        field = next(field for field in fields(recipe) if field.name == name)
-        _add_flag(groups[families], field, typing.get_type_hints(recipe)[name])
+        own = {family: _fields(family)[name] for family in families}
+        kind = typing.get_type_hints(FAMILIES[families[0]])[name]
+        _add_flag(groups[families], own, kind, required_of_all=families == tuple(FAMILIES))
 
 
 def _families_of_flags() -> dict[str, tuple[str, ...]]:
     """The families that read each flag."""
     families: dict[str, tuple[str, ...]] = {}
-    for family, recipe in FAMILIES.items():
-        for field in fields(recipe):
-            families[field.name] = (*families.get(field.name, ()), family)
+    for family in FAMILIES:
+        for name in _fields(family):
+            families[name] = (*families.get(name, ()), family)
     return families
 
 
-def _add_flag(parser: Any, field: Field, kind: Any) -> None:
+def _fields(family: str) -> dict[str, Field]:
+    return {field.name: field for field in fields(FAMILIES[family])}
+
+
+def _add_flag(parser: Any, fields_of_families: dict[str, Field], kind: Any, required_of_all: bool) -> None:
+    """A flag for what may have another default in each family that has it."""
+    field = next(iter(fields_of_families.values()))
     flag, help_text = "--" + field.name.replace("_", "-"), field.metadata["help"]
     if isinstance(kind, types.UnionType):
         kind = next(option for option in typing.get_args(kind) if option is not type(None))
     if field.default not in (MISSING, None):
-        help_text += f" (default: {field.default})"
+        different = {family: own.default for family, own in fields_of_families.items() if own.default != field.default}
+        defaults = [str(field.default), *(f"{family}: {default}" for family, default in different.items())]
+        help_text += f" (default: {'; '.join(defaults)})"
     # What is not given stays out of the namespace, so that a flag that the family does not read can be told.
-    options: dict[str, Any] = {"help": help_text, "default": argparse.SUPPRESS, "required": field.default is MISSING}
+    options: dict[str, Any] = {
+        "help": help_text,
+        "default": argparse.SUPPRESS,
+        "required": required_of_all and field.default is MISSING,
+    }
     if kind is bool:
         options["action"] = argparse.BooleanOptionalAction
     elif typing.get_origin(kind) is tuple:
@@ -49,7 +61,7 @@ def _add_flag(parser: Any, field: Field, kind: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    family = arguments.family
+    family = arguments.family or ("causal_streams" if hasattr(arguments, "from_causal_lm") else "armd")
     if family not in FAMILIES:
         raise ValueError(f"`family` must be one of {', '.join(FAMILIES)}, got {family!r}.")
     families_of_flags = _families_of_flags()
@@ -60,6 +72,9 @@ def run(arguments: argparse.Namespace) -> None:
                 f"`{name}` ({value}) has no effect with `family`={family!r}; it is for "
                 f"{' and '.join(families_of_flags[name])}. Leave it out."
             )
+    for name, field in _fields(family).items():
+        if field.default is MISSING and name not in given:
+            raise ValueError(f"`{name}` is missing, and `family`={family!r} needs it: {field.metadata['help']}.")
     # argparse collects several values in a list.
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     results = train(FAMILIES[family](**given))

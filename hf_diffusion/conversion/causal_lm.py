@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..modeling.configuration_streams import CausalStreamsConfig
 from ..modeling.modeling_streams import CausalStreamsForMaskedDiffusion, rotary_embedding
@@ -44,7 +44,8 @@ def from_causal_lm(
     model.causal_lm = causal_lm
     model.config.causal_lm_config = causal_lm.config
     embeddings = causal_lm.get_input_embeddings().weight
-    model.gap = nn.Parameter(embeddings.detach()[_gap_token(config, gap_token_id)].clone())
+    gap = embeddings.detach()[[start_token(config, gap_token_id)]].clone()
+    model.gap = nn.Embedding.from_pretrained(gap, freeze=False)
     model.generation_config = model.generation_config_class.from_model_config(config)
     return model.train(causal_lm.training)
 
@@ -109,9 +110,14 @@ def _rotations_compose(attention: nn.Module, rotary: Any) -> bool:
     return torch.allclose(twice, rotate(attention, states, *angles(8)), atol=1e-4)
 
 
-def _gap_token(config: CausalStreamsConfig, gap_token_id: int | None) -> int:
+def start_token(config: PreTrainedConfig, token_id: int | None = None) -> int:
+    """What stands for nothing before a text: `token_id`, or else the start or the end token of a model.
+
+    Raises:
+        ValueError: if that is no token of the vocabulary.
+    """
     eos = config.eos_token_id
-    found = [gap_token_id, config.bos_token_id, eos[0] if isinstance(eos, list) else eos]
+    found = [token_id, config.bos_token_id, eos[0] if isinstance(eos, list) else eos]
     token = next((token for token in found if token is not None), None)
     if token is None or not 0 <= token < config.vocab_size:
         raise ValueError(
@@ -121,4 +127,4 @@ def _gap_token(config: CausalStreamsConfig, gap_token_id: int | None) -> int:
     return token
 
 
-__all__ = ["check_convertible", "from_causal_lm"]
+__all__ = ["check_convertible", "from_causal_lm", "start_token"]

@@ -15,13 +15,29 @@ from .configuration_armd import ARMDConfig
 from .configuration_lomdm import LoMDMConfig
 from .configuration_mdlm import MDLMConfig
 from .configuration_mdlm_ar import MDLMARConfig
+from .configuration_streams import CausalStreamsConfig
 
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 """Every linear map of a transformer layer; in LoMDM also those of the heads that learn the order."""
 
+ATTENTION_LAYERS = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "out_proj",
+    "qkv_proj",
+    "query_key_value",
+    "dense",
+    "c_attn",
+)
+"""The linear maps of attention, by all the names that causal models give them. Of text on the right only attention is
+told, so that is what has to learn."""
+
 LORA_TARGETS = {
-    config.model_type: list(LINEAR_LAYERS) for config in (ARMDConfig, MDLMConfig, LoMDMConfig, MDLMARConfig)
+    **{config.model_type: list(LINEAR_LAYERS) for config in (ARMDConfig, MDLMConfig, LoMDMConfig, MDLMARConfig)},
+    CausalStreamsConfig.model_type: list(ATTENTION_LAYERS),
 }
 """Names of modules to adapt, by `model_type`."""
 

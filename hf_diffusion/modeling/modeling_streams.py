@@ -28,7 +28,8 @@ class CausalStreamsForMaskedDiffusion(PreTrainedModelWithCode, DiffusionGenerati
     """
     Attributes:
         causal_lm: the causal model; `base_model` too. It can be used, trained and saved as itself.
-        gap: [hidden_size], what stands in the place of a left neighbour that is not known.
+        gap: [1, hidden_size], what stands in the place of a left neighbour that is not known. A module, so that an
+            adapter can have one of its own (`LoraConfig(modules_to_save=["gap"])`).
     """
 
     config: CausalStreamsConfig
@@ -48,7 +49,7 @@ class CausalStreamsForMaskedDiffusion(PreTrainedModelWithCode, DiffusionGenerati
         register_wrapped_attention()
         implementation = WRAPPED if config.later_text == "wrap" else "sdpa"
         self.causal_lm = AutoModelForCausalLM.from_config(config.causal_lm_config, attn_implementation=implementation)
-        self.gap = nn.Parameter(torch.zeros(config.hidden_size))
+        self.gap = nn.Embedding(1, config.hidden_size)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -141,7 +142,7 @@ class CausalStreamsForMaskedDiffusion(PreTrainedModelWithCode, DiffusionGenerati
         if bool((rows.answer < 0).any()):
             # Nothing stands before the first token: a gap that sees itself alone, whatever the text is.
             outputs = self.causal_lm(
-                inputs_embeds=self.gap[None, None],
+                inputs_embeds=self._gap(input_ids),
                 output_hidden_states=output_hidden_states,
                 use_cache=False,
                 return_dict=True,
@@ -172,7 +173,8 @@ class CausalStreamsForMaskedDiffusion(PreTrainedModelWithCode, DiffusionGenerati
             inputs["input_ids"] = token
         else:
             embeddings = self.get_input_embeddings()(token.masked_fill(rows.is_gap, 0))
-            inputs["inputs_embeds"] = torch.where(rows.is_gap[..., None], self.gap.to(embeddings.dtype), embeddings)
+            gap = self._gap(token).to(embeddings.dtype)
+            inputs["inputs_embeds"] = torch.where(rows.is_gap[..., None], gap, embeddings)
         block, position = rows.content_block, rows.position[:, : rows.num_content]
         if cache is not None:
             cache.plain = plain
@@ -217,10 +219,14 @@ class CausalStreamsForMaskedDiffusion(PreTrainedModelWithCode, DiffusionGenerati
             inputs["turn"] = self._turn(torch.as_tensor(length, device=reads.device).expand(len(reads), 1))
         return inputs
 
+    def _gap(self, like: torch.Tensor) -> torch.Tensor:
+        """The gap vector [1, 1, hidden_size], where the integers `like` are."""
+        return self.gap(like.new_zeros(1, 1))
+
     def _turn(self, length: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and sine [batch, 1, rotary_dim] of the rotation by `length` [batch, 1] positions."""
         rotary = rotary_embedding(self.causal_lm)
-        cos, sin = rotary(self.gap, length)
+        cos, sin = rotary(self._gap(length), length)
         scaling = getattr(rotary, "attention_scaling", 1.0)
         return cos / scaling, sin / scaling
 

@@ -32,7 +32,9 @@ class OrderCurriculum:
         ramp_end: the number of shuffled tokens grows linearly from 1 to `max_shuffled` until this step (i_perm).
         max_shuffled: number of shuffled tokens from then on (rho).
         strided_start: from this step on, strided order; None for never.
-        num_streams: the strided order's number of streams is drawn from these, one for each step.
+        num_streams: the strided order's number of streams is drawn from these, one for each step. A number that is
+            there twice is drawn twice as often; 1 is left to right.
+        shuffled_share: share of the steps of the strided phase whose texts are shuffled as before it.
         shuffle: what shuffling k tokens means, which the paper leaves open: "subset" lets k random positions trade
             places, "windows" permutes inside contiguous windows of k, "ranks" moves k positions to random ranks.
     """
@@ -42,6 +44,7 @@ class OrderCurriculum:
     max_shuffled: int = 1
     strided_start: int | None = None
     num_streams: Sequence[int] = (1, 2, 4)
+    shuffled_share: float = 0.0
     shuffle: Literal["subset", "windows", "ranks"] = "subset"
 
     def __post_init__(self) -> None:
@@ -53,6 +56,8 @@ class OrderCurriculum:
             raise ValueError(f"`max_shuffled` must be at least 1 (left to right), got {self.max_shuffled}.")
         if not self.num_streams or min(self.num_streams) < 1:
             raise ValueError(f"`num_streams` must hold positive numbers, got {self.num_streams!r}.")
+        if not 0 <= self.shuffled_share <= 1:
+            raise ValueError(f"`shuffled_share` must be between 0 and 1, got {self.shuffled_share}.")
         if self.shuffle not in SHUFFLES:
             raise ValueError(f"`shuffle` must be one of {sorted(SHUFFLES)}, got {self.shuffle!r}.")
 
@@ -66,7 +71,8 @@ class OrderCurriculum:
 
     def draw(self, length: int, step: int, of_step: torch.Generator, of_text: torch.Generator) -> torch.Tensor:
         """`block_index` [length] for one text; `of_step` must be in the same state for all texts of a step."""
-        if self.strided_start is not None and step >= self.strided_start:
+        strided = self.strided_start is not None and step >= self.strided_start
+        if strided and not (self.shuffled_share and float(torch.rand((), generator=of_step)) < self.shuffled_share):
             choice = int(torch.randint(len(self.num_streams), (1,), generator=of_step))
             return orders.strided_steps(length, min(self.num_streams[choice], length))
         order = SHUFFLES[self.shuffle](length, self.num_shuffled(step), of_text)
@@ -76,6 +82,7 @@ class OrderCurriculum:
 class OrderCollator:
     """Turns texts into a batch with `input_ids`, `labels` and, given a curriculum, the `block_index` of its step.
 
+    Examples may bring `labels`, -100 at a prompt: it is then given, from left to right, and the rest has the order.
     The order of a text depends on the seed, the step and the text, not on the batch that it is in: two processes that
     share a batch draw what one would.
 
@@ -84,12 +91,20 @@ class OrderCollator:
             Trainer evaluates with the same collator, so evaluation data should bring theirs.
         seed: of the orders.
         batches_per_step: batches that one process takes for an optimiser step (`gradient_accumulation_steps`).
+        start_token_id: a token that is given before every text.
     """
 
-    def __init__(self, curriculum: OrderCurriculum | None = None, seed: int = 0, batches_per_step: int = 1) -> None:
+    def __init__(
+        self,
+        curriculum: OrderCurriculum | None = None,
+        seed: int = 0,
+        batches_per_step: int = 1,
+        start_token_id: int | None = None,
+    ) -> None:
         self.curriculum = curriculum
         self.seed = seed
         self.batches_per_step = batches_per_step
+        self.start_token_id = start_token_id
         self.first_batch = 0
         self.batches = 0
 
@@ -98,22 +113,29 @@ class OrderCollator:
         self.first_batch, self.batches = step * self.batches_per_step, 0
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        texts = [torch.as_tensor(example["input_ids"], dtype=torch.long) for example in examples]
+        texts = [self._started(example["input_ids"], self.start_token_id) for example in examples]
+        targets = [self._started(example.get("labels", example["input_ids"]), -100) for example in examples]
         input_ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
         lengths = torch.tensor([len(text) for text in texts])
         is_text = torch.arange(input_ids.shape[1]) < lengths[:, None]
-        batch = {"input_ids": input_ids, "labels": input_ids.masked_fill(~is_text, -100)}
+        labels = torch.nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=-100)
+        batch = {"input_ids": input_ids, "labels": labels}
         if not bool(is_text.all()):
             batch["attention_mask"] = is_text.long()
         if "block_index" in examples[0]:
-            blocks = [torch.as_tensor(example["block_index"], dtype=torch.long) for example in examples]
+            blocks = [_after_given(self._started(example["block_index"], -1)) for example in examples]
         elif self.curriculum is not None:
             step = self._next_step()
-            blocks = [self._draw(self.curriculum, text, step) for text in texts]
+            blocks = [self._draw(self.curriculum, *text, step) for text in zip(texts, targets, strict=True)]
         else:
             return batch
         batch["block_index"] = torch.nn.utils.rnn.pad_sequence(blocks, batch_first=True, padding_value=orders.NEVER)
         return batch
+
+    def _started(self, values: Any, first: int | None) -> torch.Tensor:
+        """`values` of the tokens of a text, with `first` for the start token if there is one."""
+        values = torch.as_tensor(values, dtype=torch.long)
+        return values if self.start_token_id is None else torch.cat([values.new_tensor([first]), values])
 
     def _next_step(self) -> int:
         batch = self.batches
@@ -123,10 +145,19 @@ class OrderCollator:
             batch = batch * worker.num_workers + worker.id
         return (self.first_batch + batch) // self.batches_per_step
 
-    def _draw(self, curriculum: OrderCurriculum, text: torch.Tensor, step: int) -> torch.Tensor:
+    def _draw(self, curriculum: OrderCurriculum, text: torch.Tensor, targets: torch.Tensor, step: int) -> torch.Tensor:
         of_step = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {step}".encode()))
         of_text = torch.Generator().manual_seed(zlib.crc32(text.numpy().tobytes(), of_step.initial_seed()))
-        return curriculum.draw(len(text), step, of_step, of_text)
+        is_target = targets != -100
+        steps = torch.full_like(text, -1)
+        if bool(is_target.any()):
+            steps[is_target] = curriculum.draw(int(is_target.sum()), step, of_step, of_text)
+        return _after_given(steps)
+
+
+def _after_given(steps: torch.Tensor) -> torch.Tensor:
+    """`block_index` [length] of a text whose `steps` are negative where it is given."""
+    return orders.after_given(steps[None], torch.ones_like(steps, dtype=torch.bool)[None])[0]
 
 
 class CurriculumCallback(TrainerCallback):

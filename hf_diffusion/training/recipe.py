@@ -1,6 +1,7 @@
 """What is trained and how: the settings that all families share, and what a family adds to them.
 
-A family is one file in `families`, with a subclass of `TrainingRecipe`, and one line in `families/__init__.py`.
+A family is one file in `families`, with a subclass of `TrainingRecipe`, and one line in `families/__init__.py`. One
+that starts from nothing is a `FreshModelRecipe`, which has a size to choose, and a tokenizer.
 """
 
 from abc import ABC, abstractmethod
@@ -11,9 +12,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback
 
 from ..modeling.configuration_checks import check_heads
+from .data import MASK, train_tokenizer
 
 
 Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
@@ -32,10 +34,6 @@ class TrainingRecipe(ABC):
     text: str = field(metadata={"help": "a text file (.txt or .gz), or a data set on the Hub"})
     output: Path = field(metadata={"help": "folder for the model, its tokenizer, curves and results"})
     dataset_config: str | None = field(default=None, metadata={"help": "configuration of the data set"})
-    tokenizer: str | None = field(
-        default=None, metadata={"help": "folder or Hub name; a new one is trained if not given"}
-    )
-    vocab_size: int | None = field(default=None, metadata={"help": "of the tokenizer that is trained (default: 2048)"})
     validation_text: Path | None = field(
         default=None, metadata={"help": "a text file to validate on, in place of the end of the text"}
     )
@@ -45,12 +43,6 @@ class TrainingRecipe(ABC):
     )
     validation_texts: int = field(
         default=32, metadata={"help": "texts used to validate while training; all at the end"}
-    )
-    hidden_size: int = field(default=256, metadata={"help": "width of the model"})
-    num_hidden_layers: int = field(default=4, metadata={"help": "number of layers"})
-    num_attention_heads: int = field(default=8, metadata={"help": "number of attention heads"})
-    dropout: float = field(
-        default=0.0, metadata={"help": "on sublayers (armd: on embeddings too; llama: on attention instead)"}
     )
     text_length: int = field(default=256, metadata={"help": "tokens in a training text"})
     batch_size: int = field(default=8, metadata={"help": "texts per process and step"})
@@ -71,11 +63,7 @@ class TrainingRecipe(ABC):
     resume: bool = field(default=False, metadata={"help": "continue from the last checkpoint in the output folder"})
 
     def __post_init__(self) -> None:
-        names = ("steps", "batch_size", "text_length", "evaluate_every", "validation_texts")
-        for name in (*names, "hidden_size", "num_hidden_layers", "num_attention_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        check_heads(self)
+        self.check_positive("steps", "batch_size", "text_length", "evaluate_every", "validation_texts")
         if self.validation_text is not None:
             if self.validation_fraction is not None:
                 raise ValueError(
@@ -91,21 +79,10 @@ class TrainingRecipe(ABC):
             self.validation_fraction = 0.1
         if self.validation_fraction is not None and not 0 < self.validation_fraction < 1:
             raise ValueError(f"`validation_fraction` must be between 0 and 1, got {self.validation_fraction}.")
-        if self.tokenizer is not None and self.vocab_size is not None:
-            raise ValueError(
-                f"`vocab_size` ({self.vocab_size}) has no effect with `tokenizer`={self.tokenizer!r}, which has a size "
-                "of its own. Leave one of them out."
-            )
         if self.dataset_config is not None and Path(self.text).is_file():
             raise ValueError(
                 f"`dataset_config`={self.dataset_config!r} has no effect with a text file ({self.text!r}). Leave it "
                 "out."
-            )
-        if self.tokenizer is None and self.vocab_size is None:
-            self.vocab_size = 2048
-        if self.vocab_size is not None and self.vocab_size < 258:
-            raise ValueError(
-                f"`vocab_size` must be at least 258 (every byte, and the end of text), got {self.vocab_size}."
             )
         if not self.learning_rate > 0:
             raise ValueError(f"`learning_rate` must be positive, got {self.learning_rate}.")
@@ -119,22 +96,18 @@ class TrainingRecipe(ABC):
     def decay_steps(self) -> int:
         return round(self.decay_fraction * self.steps)
 
-    def shared_config(self, tokenizer: Any) -> dict[str, Any]:
-        """What the configurations of all families call by the same names. The size of the vocabulary is not among it:
-        whether the mask needs a row is for the family to say."""
-        return {
-            "hidden_size": self.hidden_size,
-            "num_hidden_layers": self.num_hidden_layers,
-            "num_attention_heads": self.num_attention_heads,
-            "max_position_embeddings": self.text_length,
-            "tie_word_embeddings": True,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        }
+    def check_positive(self, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+
+    @abstractmethod
+    def build_tokenizer(self, documents: list[str]) -> Any:
+        """A tokenizer with a mask symbol, for training on `documents`."""
 
     @abstractmethod
     def build_model(self, tokenizer: Any) -> PreTrainedModel:
-        """A fresh model of the size asked for."""
+        """The model as it is before training."""
 
     @abstractmethod
     def collator(self, tokenizer: Any) -> Collator:
@@ -158,3 +131,62 @@ class TrainingRecipe(ABC):
     def phases(self) -> dict[str, int]:
         """Name and first step of the phases of training, to be marked in the loss curves."""
         return {}
+
+
+@dataclass(kw_only=True)
+class FreshModelRecipe(TrainingRecipe):
+    """Of a model whose weights are drawn, and whose tokenizer may be trained on the text."""
+
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "folder or Hub name; a new one is trained if not given"}
+    )
+    vocab_size: int | None = field(default=None, metadata={"help": "of the tokenizer that is trained (default: 2048)"})
+    hidden_size: int = field(default=256, metadata={"help": "width of the model"})
+    num_hidden_layers: int = field(default=4, metadata={"help": "number of layers"})
+    num_attention_heads: int = field(default=8, metadata={"help": "number of attention heads"})
+    dropout: float = field(
+        default=0.0, metadata={"help": "on sublayers (armd: on embeddings too; llama: on attention instead)"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_positive("hidden_size", "num_hidden_layers", "num_attention_heads")
+        check_heads(self)
+        if self.tokenizer is not None and self.vocab_size is not None:
+            raise ValueError(
+                f"`vocab_size` ({self.vocab_size}) has no effect with `tokenizer`={self.tokenizer!r}, which has a size "
+                "of its own. Leave one of them out."
+            )
+        if self.tokenizer is None and self.vocab_size is None:
+            self.vocab_size = 2048
+        if self.vocab_size is not None and self.vocab_size < 258:
+            raise ValueError(
+                f"`vocab_size` must be at least 258 (every byte, and the end of text), got {self.vocab_size}."
+            )
+
+    def build_tokenizer(self, documents: list[str]) -> Any:
+        if self.tokenizer is not None:
+            return load_tokenizer(self.tokenizer)
+        assert self.vocab_size is not None
+        return train_tokenizer(documents, self.vocab_size)
+
+    def shared_config(self, tokenizer: Any) -> dict[str, Any]:
+        """What the configurations of all families call by the same names. The size of the vocabulary is not among it:
+        whether the mask needs a row is for the family to say."""
+        return {
+            "hidden_size": self.hidden_size,
+            "num_hidden_layers": self.num_hidden_layers,
+            "num_attention_heads": self.num_attention_heads,
+            "max_position_embeddings": self.text_length,
+            "tie_word_embeddings": True,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a folder or Hub name, with a mask symbol if it has none of its own."""
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if tokenizer.mask_token_id is None:
+        tokenizer.add_special_tokens({"mask_token": MASK})
+    return tokenizer

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch.utils.data import ConcatDataset
-from transformers import AutoTokenizer, PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from .curves import LossCurveCallback
-from .data import MASK, TokenTexts, load_text, tokenize, train_tokenizer
+from .data import TokenTexts, load_text, tokenize
 from .diagnostics import DiagnosticTrainer
 from .ema import EMACallback, last_complete_checkpoint
 from .recipe import TrainingRecipe
@@ -33,13 +33,7 @@ def train(recipe: TrainingRecipe) -> dict[str, Any]:
         )
     _check_continued(recipe)
     training_text, validation_text = _load_texts(recipe)
-    if recipe.tokenizer is None:
-        assert recipe.vocab_size is not None
-        tokenizer = train_tokenizer(training_text, recipe.vocab_size)
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer)
-        if tokenizer.mask_token_id is None:
-            tokenizer.add_special_tokens({"mask_token": MASK})
+    tokenizer = recipe.build_tokenizer(training_text)
     tokens, validation_tokens = tokenize(training_text, tokenizer), tokenize(validation_text, tokenizer)
     data = TokenTexts(tokens, recipe.text_length)
     evaluations = recipe.evaluations(validation_tokens, tokenizer)

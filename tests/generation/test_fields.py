@@ -25,7 +25,7 @@ from hf_diffusion.generation.strategies import BLOCK_STRATEGIES, LEARNED_ORDERS,
 
 CASES = [(name, strategy) for name, family in FAMILIES.items() for strategy in family.strategies]
 IDS = [f"{name}-{'-'.join(map(str, strategy.values()))}" for name, strategy in CASES]
-COLUMNS = {"armd": 0, "armd_left_neighbour": 0, "mdlm": 1, "mdlm_blocks": 2, "lomdm": 3}
+COLUMNS = {"armd": 0, "armd_left_neighbour": 0, "mdlm": 1, "mdlm_blocks": 2, "lomdm": 3, "causal_streams": 0}
 HOUSEKEEPING = {"transformers_version", "_from_model_config"}
 """Attributes of a config that say where it comes from, and nothing about generation."""
 

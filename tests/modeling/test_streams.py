@@ -230,7 +230,7 @@ def test_from_a_folder(tmp_path):
     model.save_pretrained(tmp_path)
     streams, ids = from_causal_lm(tmp_path), text(1, 9)
     torch.testing.assert_close(streams(ids).logits, from_causal_lm(model)(ids).logits)
-    assert torch.equal(streams.gap, model.get_input_embeddings().weight[1])
+    assert torch.equal(streams.gap.weight[0], model.get_input_embeddings().weight[1])
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from ..recipe import TrainingRecipe
 from .armd import ARMDRecipe
+from .causal_streams import CausalStreamsRecipe
 from .llama import LlamaRecipe
 from .lomdm import LoMDMRecipe
 from .mdlm import MDLMRecipe
@@ -14,7 +15,8 @@ FAMILIES: dict[str, type[TrainingRecipe]] = {
         MDLMRecipe,
         LoMDMRecipe,
         LlamaRecipe,
+        CausalStreamsRecipe,
     )
 }
 
-__all__ = ["FAMILIES", "ARMDRecipe", "LlamaRecipe", "LoMDMRecipe", "MDLMRecipe"]
+__all__ = ["FAMILIES", "ARMDRecipe", "CausalStreamsRecipe", "LlamaRecipe", "LoMDMRecipe", "MDLMRecipe"]

@@ -8,12 +8,13 @@ import torch
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from ..curriculum import OrderCollator
 from ..data import TokenTexts, vocab_size_without_mask
-from ..recipe import TrainingRecipe
+from ..recipe import FreshModelRecipe
 
 
 @dataclass(kw_only=True)
-class LlamaRecipe(TrainingRecipe):
+class LlamaRecipe(FreshModelRecipe):
     family = "llama"
     summary = "an ordinary autoregressive model to compare with"
     estimator = "negative log-likelihood, exact"
@@ -31,20 +32,8 @@ class LlamaRecipe(TrainingRecipe):
             )
         )
 
-    def collator(self, tokenizer: Any) -> "StartSymbolCollator":
-        return StartSymbolCollator(tokenizer.eos_token_id)
+    def collator(self, tokenizer: Any) -> OrderCollator:
+        return OrderCollator(start_token_id=tokenizer.eos_token_id)  # so that it too predicts every token
 
     def evaluations(self, tokens: torch.Tensor, tokenizer: Any) -> dict[str, Sequence[Dataset]]:
         return {"left_to_right": [TokenTexts(tokens, self.text_length)]}
-
-
-class StartSymbolCollator:
-    """Batches for an ordinary causal model: a start token before each text, so that it too predicts every token."""
-
-    def __init__(self, start_token_id: int) -> None:
-        self.start_token_id = start_token_id
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        texts = torch.stack([example["input_ids"] for example in examples])
-        input_ids = torch.cat([torch.full_like(texts[:, :1], self.start_token_id), texts], dim=1)
-        return {"input_ids": input_ids, "labels": input_ids}

@@ -12,12 +12,12 @@ from ...diffusion.masking import low_discrepancy
 from ...modeling.configuration_lomdm import LoMDMConfig
 from ...modeling.modeling_lomdm import LoMDMForMaskedDiffusion
 from ..data import TokenTexts
-from ..recipe import Collator, TrainingRecipe
+from ..recipe import Collator, FreshModelRecipe
 from .mdlm import SeparateSeedsCallback, check_validation_draws, collate_texts
 
 
 @dataclass(kw_only=True)
-class LoMDMRecipe(TrainingRecipe):
+class LoMDMRecipe(FreshModelRecipe):
     family = "lomdm"
     summary = "masked diffusion that learns its order"
     estimator = "upper bound on the negative log-likelihood, estimated without bias by the jump chain"

@@ -14,11 +14,11 @@ from ...diffusion.masking import low_discrepancy
 from ...modeling.configuration_mdlm import MDLMConfig
 from ...modeling.modeling_mdlm import MDLMForMaskedDiffusion
 from ..data import TokenTexts
-from ..recipe import Collator, TrainingRecipe
+from ..recipe import Collator, FreshModelRecipe
 
 
 @dataclass(kw_only=True)
-class MDLMRecipe(TrainingRecipe):
+class MDLMRecipe(FreshModelRecipe):
     family = "mdlm"
     summary = "bidirectional masked diffusion"
     estimator = "upper bound on the negative log-likelihood, estimated without bias from random numbers of masks"
