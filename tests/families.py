@@ -37,6 +37,7 @@ class Family:
         prepare: changes the weights of a fresh model, if it predicts nothing yet.
         loss_inputs: sets of arguments with which the loss reaches every parameter.
         loss_is_drawn: `labels` gives an estimate, from random times and masks.
+        lora_layers: names of the linear maps that PEFT adapts if it is not told which.
     """
 
     config_class: type
@@ -47,6 +48,7 @@ class Family:
     prepare: Callable = lambda model: None
     loss_inputs: tuple[dict, ...] = field(default=({},))
     loss_is_drawn: bool = False
+    lora_layers: frozenset = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"})
     make_config: Callable | None = None
     wrong_settings: tuple = (("num_attention_heads", 3), ("eos_token_id", VOCAB_SIZE), ("max_position_embeddings", 0))
 
@@ -165,6 +167,7 @@ FAMILIES = {
         ARMD_STRATEGIES,
         in_order,
         loss_inputs=BACKWARDS,
+        lora_layers=frozenset({"q_proj", "k_proj", "v_proj", "o_proj"}),
         make_config=streams_of_a_llama,
         wrong_settings=(("later_text", "upside down"), ("eos_token_id", VOCAB_SIZE)),
     ),

@@ -32,8 +32,8 @@ ATTENTION_LAYERS = (
     "dense",
     "c_attn",
 )
-"""The linear maps of attention, by all the names that causal models give them. Of text on the right only attention is
-told, so that is what has to learn."""
+"""The linear maps of attention, by all the names that causal models give them: attention alone is told of text on the
+right, so it has to learn what that is."""
 
 LORA_TARGETS = {
     **{config.model_type: list(LINEAR_LAYERS) for config in (ARMDConfig, MDLMConfig, LoMDMConfig, MDLMARConfig)},

@@ -13,18 +13,22 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.generic import can_return_tuple
 
 from ..diffusion.canvas import check_length, check_tokens, read_labels, real_positions
+from ..diffusion.orders import positions_where
 from ..generation.configuration import DiffusionGenerationConfig
 from ..generation.mixin import DiffusionGenerationMixin
-from ..hub.saving import PreTrainedModelWithCode
+from ..generation.sampling import exclude
+from ..generation.scoring import ScoredText
+from .absent_arguments import without_absent_arguments
 from .cache_streams import CausalStreamsCache, visible
 from .configuration_streams import CausalStreamsConfig
-from .loss import chunked_cross_entropy
+from .loss import chunked_cross_entropy, chunked_nll
 from .outputs import MaskedDiffusionOutput
+from .pretrained import CheckedPreTrainedModel
 from .rows_streams import Rows, plan_rows
 from .wrapped_attention import WRAPPED, register_wrapped_attention
 
 
-class CausalStreamsForMaskedDiffusion(PreTrainedModelWithCode, DiffusionGenerationMixin):
+class CausalStreamsForMaskedDiffusion(CheckedPreTrainedModel, DiffusionGenerationMixin):
     """
     Attributes:
         causal_lm: the causal model; `base_model` too. It can be used, trained and saved as itself.
@@ -44,7 +48,6 @@ class CausalStreamsForMaskedDiffusion(PreTrainedModelWithCode, DiffusionGenerati
     _skip_keys_device_placement = ["past_key_values"]
 
     def __init__(self, config: CausalStreamsConfig) -> None:
-        config.validate()  # `from_pretrained(..., name=value)` changes a configuration after it was checked
         super().__init__(config)
         register_wrapped_attention()
         implementation = WRAPPED if config.later_text == "wrap" else "sdpa"
@@ -55,6 +58,16 @@ class CausalStreamsForMaskedDiffusion(PreTrainedModelWithCode, DiffusionGenerati
     def get_input_embeddings(self) -> nn.Module:
         return self.causal_lm.get_input_embeddings()
 
+    def enable_input_require_grads(self) -> None:
+        """As in transformers; the gap vector is an input too."""
+        super().enable_input_require_grads()
+        hook = self.gap.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
+        self._require_grads_hooks.append(hook)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        self.config.causal_lm_config.dtype = self.causal_lm.dtype  # type: ignore[union-attr]
+        super().save_pretrained(*args, **kwargs)
+
     @property
     def lm_head(self) -> nn.Module:
         return self.causal_lm.get_output_embeddings()
@@ -63,6 +76,7 @@ class CausalStreamsForMaskedDiffusion(PreTrainedModelWithCode, DiffusionGenerati
         return self.causal_lm.get_output_embeddings()
 
     @can_return_tuple
+    @without_absent_arguments
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -112,6 +126,9 @@ class CausalStreamsForMaskedDiffusion(PreTrainedModelWithCode, DiffusionGenerati
         if use_cache and past_key_values is None and query_positions is not None:
             past_key_values = CausalStreamsCache(self.config.num_hidden_layers)
         masked: torch.Tensor = input_ids == self.config.mask_token_id  # type: ignore[assignment]
+        if labels is not None and not output_hidden_states:
+            query_positions = positions_where(labels != -100)
+            labels = _take(labels, query_positions)
         rows = plan_rows(masked, real, block_index, query_positions, past_key_values)
         logits, hidden_states = self._answer(rows, input_ids, real, past_key_values, output_hidden_states)
         loss = None
@@ -122,6 +139,20 @@ class CausalStreamsForMaskedDiffusion(PreTrainedModelWithCode, DiffusionGenerati
             logits=None if labels is not None else logits,
             past_key_values=past_key_values,
             hidden_states=hidden_states,
+        )
+
+    def log_likelihood_in_order(self, text: ScoredText, block_index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scored = positions_where(text.to_predict)
+        labels = _take(text.labels, scored)
+        logits = self(
+            text.input_ids, attention_mask=text.attention_mask, block_index=block_index, query_positions=scored
+        ).logits
+        exclude(self.config.mask_token_id, logits)
+        nll = chunked_nll(logits, labels, lambda rows: rows, self.config.vocab_size)
+        is_most_likely = logits.argmax(dim=-1) == labels
+        return (
+            -nll.new_zeros(text.labels.shape).masked_scatter(text.to_predict, nll[scored >= 0]),
+            torch.zeros_like(text.to_predict).masked_scatter(text.to_predict, is_most_likely[scored >= 0]),
         )
 
     def _answer(
@@ -229,6 +260,11 @@ class CausalStreamsForMaskedDiffusion(PreTrainedModelWithCode, DiffusionGenerati
         cos, sin = rotary(self._gap(length), length)
         scaling = getattr(rotary, "attention_scaling", 1.0)
         return cos / scaling, sin / scaling
+
+
+def _take(labels: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """`labels` [batch, length] at `positions` [batch, n]; -100 where a position is -1."""
+    return labels.gather(1, positions.clamp(min=0)).masked_fill(positions < 0, -100)
 
 
 def _take_rows(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -61,9 +61,9 @@ class TestDefaultTargets:
     def test_are_the_linear_maps_of_all_layers_and_nothing_else(self, family):
         model = get_peft_model(family.model(), LoraConfig())
         hit = {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
-        assert {name.rsplit(".", 1)[1] for name in hit} == LINEAR_LAYERS
+        assert {name.rsplit(".", 1)[1] for name in hit} == family.lora_layers
         layers = sum(type(module).__name__.endswith("Layer") for module in family.model().modules())
-        assert len(hit) == len(LINEAR_LAYERS) * layers
+        assert len(hit) == len(family.lora_layers) * layers
 
     def test_are_found_for_the_autoregressive_baseline(self):
         config = MDLMARConfig(vocab_size=23, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
@@ -76,7 +76,7 @@ class TestDefaultTargets:
             model_type: set(re.findall(r"`(\w+)`", targets))
             for model_type, targets in re.findall(r"^\| `(\w+)` \| (`.*) \|$", page, re.MULTILINE)
         }
-        names = ("armd", "mdlm", "lomdm", "mdlm_ar")
+        names = ("armd", "mdlm", "lomdm", "mdlm_ar", "causal_streams")
         assert stated == {name: set(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[name]) for name in names}
 
     def test_are_told_to_peft_when_it_is_imported(self):

@@ -41,7 +41,7 @@ EVALUATIONS = {
 }
 LOSSES, ERRORS = "validation_loss_nats_per_token", "standard_error_nats_per_token"
 
-every_family = pytest.mark.parametrize("family", [*FAMILIES, "mdlm_blocks"])
+every_family = pytest.mark.parametrize("family", OWN)
 
 
 def recipe(family, text, output, **settings):
