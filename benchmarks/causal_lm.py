@@ -1,22 +1,27 @@
 """A pretrained causal model in parallel streams: what it costs in nats per token, and what it gains in speed.
 
-    python benchmarks/causal_lm.py MODEL TEXT [--num-windows 8] [--later-text wrap native hide] [--json causal_lm.json]
+    python benchmarks/causal_lm.py MODEL TEXT [--adapter FOLDER ...] [--num-windows 8] [--picture excess.svg]
     python benchmarks/causal_lm.py MODEL --speed [--new-tokens 256]
 
-The first prints the excess of the exact negative log-likelihood in strided orders over that from left to right, on
-windows of TEXT after a start token, with standard errors over windows; and where in a stream it sits. The second prints
-tokens per second beside the model's own `generate` with its cache. Nothing is trained. MODEL is a folder or Hub name.
+The first prints the excess of the exact negative log-likelihood in strided orders over that of the same model from left
+to right, on the first windows of TEXT after a start token, with standard errors over windows; and where in a stream it
+sits. An adapter is what `hf-diffusion train --from-causal-lm MODEL` writes. The second prints tokens per second beside
+the model's own `generate` with its cache. MODEL is a folder or Hub name.
 """
 
 import argparse
+import itertools
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from harness import best_seconds, report
 from huggingface_hub.utils import tqdm
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_diffusion import pack_linear_layers, unpack_linear_layers
 from hf_diffusion.conversion import from_causal_lm
 from hf_diffusion.diffusion import orders
 from hf_diffusion.training.data import load_text
@@ -24,13 +29,20 @@ from hf_diffusion.training.data import load_text
 
 @torch.no_grad()
 def negative_log_likelihood(model: Any, windows: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-    """Nats of every token [windows, length] after the first one, which is given, in the order `steps` [length]."""
-    given = torch.tensor([-1])
-    block_index = orders.after_given(torch.cat([given, steps])[None], torch.ones(1, len(steps) + 1, dtype=torch.bool))
+    """Nats of every token [windows, length] after the first one, which is given.
+
+    Args:
+        windows: long [windows, 1 + length].
+        steps: long [length] or [windows, length], the order.
+    """
+    given = torch.full_like(windows[:, :1], -1)
+    block_index = orders.after_given(
+        torch.cat([given, steps.expand(len(windows), -1)], dim=1), torch.ones_like(windows, dtype=torch.bool)
+    )
     rows = []
-    for window in tqdm(windows.split(1), unit="window", leave=False):
-        log_probs = model(window, block_index=block_index).logits.float().log_softmax(dim=-1)
-        rows.append(-log_probs.gather(-1, window[..., None])[0, 1:, 0])
+    for window, block in tqdm(list(zip(windows, block_index, strict=True)), unit="window", leave=False):
+        log_probs = model(window[None], block_index=block[None]).logits.float().log_softmax(dim=-1)
+        rows.append(-log_probs.gather(-1, window[None, :, None])[0, 1:, 0])
     return torch.stack(rows)
 
 
@@ -40,37 +52,84 @@ def mean_and_error(values: torch.Tensor) -> str:
     return f"{of_windows.mean():+.3f} ± {of_windows.std() / len(of_windows) ** 0.5:.3f}"
 
 
+def first_windows(tokenizer: Any, text: Path, count: int, length: int, start_token: int) -> torch.Tensor:
+    """The first `count` windows of a text, long [count, 1 + length], each after a start token."""
+    ids = torch.tensor(tokenizer(load_text(str(text))[0], verbose=False)["input_ids"])
+    return torch.nn.functional.pad(ids[: count * length].view(count, length), (1, 0), value=start_token)
+
+
 def excess(arguments: argparse.Namespace, causal_lm: Any, tokenizer: Any) -> None:
-    ids = torch.tensor(tokenizer(load_text(str(arguments.text)))["input_ids"])
     count, length = arguments.num_windows, arguments.window_length
-    starts = torch.linspace(0, len(ids) - length, count).long()  # spread over the text
-    windows = torch.stack([ids[start : start + length] for start in starts.tolist()])
-    windows = torch.cat([torch.full((count, 1), arguments.start_token), windows], dim=1)
-    rows, left_to_right = [], None
+    windows = first_windows(tokenizer, arguments.text, count, length, arguments.start_token)
+    rows, curves = [], {}
     for later_text in arguments.later_text:
-        model = from_causal_lm(causal_lm, later_text=later_text, gap_token_id=arguments.start_token)
-        if left_to_right is None:
+        for adapter in (None, *arguments.adapter):
+            model: Any = from_causal_lm(causal_lm, later_text=later_text, gap_token_id=arguments.start_token)
+            if adapter is not None:
+                model = PeftModel.from_pretrained(model, adapter).eval()
             left_to_right = negative_log_likelihood(model, windows, torch.arange(length))
-            print(f"left to right: {left_to_right.mean():.3f} nats per token", flush=True)
-        for heads in arguments.heads:
-            for num_streams in arguments.num_streams:
-                steps = orders.strided_steps(length, num_streams, staggered=heads == "staggered")
-                costs = negative_log_likelihood(model, windows, steps) - left_to_right
-                streams = costs[:, : length // num_streams * num_streams].unflatten(1, (num_streams, -1))
-                half = streams.shape[2] // 2
-                parts = (costs, streams[:, 0], streams[:, -1], streams[:, 1:, :2], streams[:, :, half:])
-                rows.append([f"{later_text}, {heads}", num_streams, *map(mean_and_error, parts)])
-                print(rows[-1], flush=True)
-    columns = ["keys on the right, heads", "S", "excess", "first stream", "last", "first two tokens", "second halves"]
+            for heads in arguments.heads:
+                name = f"{later_text}, {heads}, {'no training' if adapter is None else adapter.name}"
+                for num_streams in arguments.num_streams:
+                    steps = orders.strided_steps(length, num_streams, staggered=heads == "staggered")
+                    costs = negative_log_likelihood(model, windows, steps) - left_to_right
+                    streams = costs[:, : length // num_streams * num_streams].unflatten(1, (num_streams, -1))
+                    half = streams.shape[2] // 2
+                    parts = (costs, streams[:, 0], streams[:, -1], streams[:, 1:, :2], streams[:, :, half:])
+                    nll = f"{left_to_right.mean():.3f}"
+                    rows.append([name, num_streams, nll, *map(mean_and_error, parts)])
+                    curves[name, num_streams] = streams
+                    print(rows[-1], flush=True)
+            if adapter is not None:
+                model.unload()
+    columns = ["model", "S", "left to right", "excess", "first stream", "last", "first two tokens", "second halves"]
     title = f"nats per token over left to right, {count} windows of {length} tokens"
-    report(title, columns, rows, arguments.json, left_to_right=float(left_to_right.mean()))
+    report(title, columns, rows, arguments.json)
+    if arguments.picture is not None:
+        draw(arguments.picture, curves)
+
+
+def draw(path: Path, curves: dict[tuple[str, int], torch.Tensor]) -> None:
+    """The excess by number of streams, and by place in a stream (the first one left out), of `curves` [windows, S,
+    place]."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    by_streams, by_place = figure.subplots(1, 2)
+    names = dict.fromkeys(name for name, _ in curves)
+    for color, name in enumerate(names):
+        mine = {num_streams: values for (other, num_streams), values in curves.items() if other == name}
+        means = torch.stack([values.flatten(1).mean(1) for values in mine.values()])
+        errors = means.std(dim=1) / means.shape[1] ** 0.5
+        by_streams.errorbar(list(mine), means.mean(dim=1), yerr=errors, marker="o", capsize=3, label=name)
+        num_streams, values = next(((s, v) for s, v in mine.items() if s == 4), next(iter(mine.items())))
+        edges = [0, 1, 2, 4, 8, 16, 32, 64, 128, 256]
+        edges = [edge for edge in edges if edge < values.shape[2]] + [values.shape[2]]
+        later = values[:, 1:].mean(dim=(0, 1))
+        heights = [later[start:stop].mean().item() for start, stop in itertools.pairwise(edges)]
+        by_place.stairs(heights, [edge + 1 for edge in edges], color=f"C{color}", label=f"{name}, S={num_streams}")
+    by_streams.set_xlabel("streams")
+    by_streams.set_ylabel("nats per token over left to right")
+    by_streams.set_xscale("log", base=2)
+    by_streams.legend(fontsize=7)
+    by_place.set_xscale("log", base=2)
+    by_place.axhline(0, color="0.7", linewidth=1)
+    by_place.set_xlabel("place in a stream, all but the first stream")
+    figure.savefig(path)
 
 
 @torch.no_grad()
 def speed(arguments: argparse.Namespace, causal_lm: Any) -> None:
+    """Every decoder with plain and with packed linear layers: the model inside is the same in all cases."""
     model, num_tokens = from_causal_lm(causal_lm, gap_token_id=arguments.start_token), arguments.new_tokens
     prompt = torch.full((arguments.batch_size, 1), arguments.start_token)
-    shared = {"max_new_tokens": num_tokens, "eos_token_id": None, "pad_token_id": arguments.start_token, "top_k": 0}
+    shared = {
+        "attention_mask": torch.ones_like(prompt),
+        "max_new_tokens": num_tokens,
+        "eos_token_id": None,
+        "pad_token_id": arguments.start_token,
+        "top_k": 0,
+    }
     cases = {
         "the model's own generate": lambda: causal_lm.generate(prompt, do_sample=True, temperature=1.0, **shared),
         **{
@@ -78,14 +137,20 @@ def speed(arguments: argparse.Namespace, causal_lm: Any) -> None:
             for count in (1, *arguments.num_streams)
         },
     }
-    seconds = best_seconds(cases, arguments.rounds)
+    clock = time.process_time if arguments.threads == 1 else time.perf_counter
     rows = []
-    for name, value in seconds.items():
-        count = int(name[2:]) if name.startswith("S=") else 1
-        passes = count + -(-num_tokens // count) - 1
-        rate = arguments.batch_size * num_tokens / value
-        rows.append([name, passes, rate, seconds["the model's own generate"] / value, seconds["S=1"] / value])
-    columns = ["decoder", "passes", "tokens/s", "x own generate", "x S=1"]
+    for layers in ("plain", "packed"):
+        if layers == "packed":
+            pack_linear_layers(causal_lm)
+        seconds = best_seconds(cases, arguments.rounds, clock=clock)
+        for name, value in seconds.items():
+            count = int(name[2:]) if name.startswith("S=") else 1
+            passes = count + -(-num_tokens // count) - 1
+            rate = arguments.batch_size * num_tokens / value
+            own = seconds["the model's own generate"] / value
+            rows.append([f"{name}, {layers}", passes, rate, own, seconds["S=1"] / value])
+    unpack_linear_layers(causal_lm)
+    columns = ["decoder, linear layers", "passes", "tokens/s", "x own generate", "x S=1"]
     title = f"batch {arguments.batch_size}, {num_tokens} new tokens, {torch.get_num_threads()} threads"
     report(title, columns, rows, arguments.json)
 
@@ -94,12 +159,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("text", nargs="?", type=Path)
+    parser.add_argument("--adapter", type=Path, nargs="+", default=[], help="compared with the model without one")
     parser.add_argument("--start-token", type=int, default=0, help="stands before every text, and in the gaps")
     parser.add_argument("--num-windows", type=int, default=8)
     parser.add_argument("--window-length", type=int, default=512)
     parser.add_argument("--num-streams", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--later-text", nargs="+", default=["wrap"])
     parser.add_argument("--heads", nargs="+", default=["first"])
+    parser.add_argument("--picture", type=Path, help="draw the excess by S and by place into this file")
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=1)
