@@ -7,7 +7,7 @@ import torch
 from families import FAMILIES, NUM_TOKENS, VOCAB_SIZE
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, BitsAndBytesConfig, TorchAoConfig
+from transformers import AutoModel, TorchAoConfig
 
 from hf_diffusion import MDLMForMaskedDiffusion, pack_linear_layers
 
@@ -114,7 +114,9 @@ class TestDtype:
     def test_is_the_one_asked_for_or_that_of_the_file(self, family, tmp_path, dtype, expected):
         family.model(torch.bfloat16).save_pretrained(tmp_path)
         loaded = AutoModel.from_pretrained(tmp_path, dtype=dtype)
-        assert {weight.dtype for weight in loaded.parameters()} == {expected}
+        kept = loaded._keep_in_fp32_modules if expected == torch.float16 else ()
+        for name, weight in loaded.named_parameters():
+            assert weight.dtype == (torch.float32 if any(part in name for part in kept) else expected), name
         assert loaded(text()).logits.dtype == expected
         assert written(loaded).shape == (2, 15)
 
@@ -171,7 +173,7 @@ class TestResizedVocabulary:
 
 
 class TestQuantised:
-    """With the backends that have a build for CPUs."""
+    """By torchao; bitsandbytes is tested in tests/training/test_quantized.py."""
 
     def test_torchao_int8(self, family, folder, tmp_path):
         quantization = pytest.importorskip("torchao.quantization")
@@ -185,19 +187,6 @@ class TestQuantised:
         assert num_rounded >= 6 * family.config().num_hidden_layers
         pack_linear_layers(loaded)
         close(loaded, rounded, tolerance=1e-3)
-        loaded.save_pretrained(tmp_path / "quantised")
-        again = AutoModel.from_pretrained(tmp_path / "quantised")
-        assert torch.equal(again(text()).logits, loaded(text()).logits)
-
-    @pytest.mark.parametrize(("options", "tolerance"), [({"load_in_8bit": True}, 0.2), ({"load_in_4bit": True}, 0.6)])
-    def test_bitsandbytes(self, family, tmp_path, options, tolerance):
-        pytest.importorskip("bitsandbytes")
-        model = family.model(hidden_size=64)  # a block of its 4-bit format
-        model.save_pretrained(tmp_path)
-        loaded = AutoModel.from_pretrained(tmp_path, quantization_config=BitsAndBytesConfig(**options))
-        logits, exact = loaded(text()).logits[..., :NUM_TOKENS], model(text()).logits[..., :NUM_TOKENS]
-        assert 0 < (logits - exact).norm() < tolerance * exact.norm()
-        assert written(loaded).shape == (2, 15)
         loaded.save_pretrained(tmp_path / "quantised")
         again = AutoModel.from_pretrained(tmp_path / "quantised")
         assert torch.equal(again(text()).logits, loaded(text()).logits)
