@@ -52,7 +52,10 @@ def test_a_model_is_saved_and_loaded_in_its_bits(family, bits, tmp_path):
     model = quantized(tmp_path, bits)
     model.save_pretrained(tmp_path / "quantized")
     again = AutoModel.from_pretrained(tmp_path / "quantized")
-    assert torch.equal(again(text()).logits, model(text()).logits)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], weight), name
+    # The backend lays 4-bit weights out anew where it loads them, and sums in another order.
+    torch.testing.assert_close(again(text()).logits, model(text()).logits, rtol=1e-2, atol=1e-2)
 
 
 @both
