@@ -214,6 +214,7 @@ class ARMDForCausalLM(ARMDNetworkWithHead, GenerationMixin):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        shift_labels: torch.Tensor | None = None,
     ) -> CausalLMOutputWithPast:
         r"""
         Row n of the logits predicts token n + 1; the last row of left padding predicts the first token.
@@ -232,19 +233,26 @@ class ARMDForCausalLM(ARMDNetworkWithHead, GenerationMixin):
             output_attentions: refused: the two streams read in different patterns, none of them tokens by tokens.
             output_hidden_states: return the query stream after the prefix aggregation and after every layer.
             num_items_in_batch: divides the loss in place of the number of labels (set by `Trainer`).
+            shift_labels: long [batch, new], in place of `labels`: row n of it is what row n of the logits predicts
+                (where a text is split among processes, and the next token is with another one).
 
         Raises:
             ValueError: before any computation, for tokens outside the vocabulary, a text longer than
                 `max_position_embeddings`, and caches that keep less than ARMD reads.
         """
-        if labels is not None:
-            if not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+        for name, targets in (("labels", labels), ("shift_labels", shift_labels)):
+            if targets is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
                 raise ValueError(
-                    "`logits_to_keep` has no effect with `labels`, which return no logits: pass one of them."
+                    f"`logits_to_keep` has no effect with `{name}`, which returns no logits: pass one of them."
                 )
+        if shift_labels is not None:
+            text = input_ids if input_ids is not None else shift_labels
+            shift_labels = read_labels(shift_labels, text, None, self.config.vocab_size)
+        elif labels is not None:
             text = input_ids if input_ids is not None else labels
             new_mask = None if attention_mask is None else attention_mask[:, -labels.shape[1] :]
             labels = read_labels(labels, text, new_mask, self.config.vocab_size)
+            shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,
@@ -256,9 +264,9 @@ class ARMDForCausalLM(ARMDNetworkWithHead, GenerationMixin):
             return_dict=True,
         )
         hidden_states, loss, logits = outputs.last_hidden_state, None, None
-        if labels is not None:
+        if shift_labels is not None:
             loss = chunked_cross_entropy(
-                hidden_states[:, :-1], labels[:, 1:], self.lm_head, self.config.vocab_size, num_items_in_batch
+                hidden_states, shift_labels, self.lm_head, self.config.vocab_size, num_items_in_batch
             )
         else:
             rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -102,7 +102,9 @@ EXACT = [
 ]
 
 
-@pytest.mark.parametrize(("settings", "canvas", "reveals"), EXACT, ids=lambda value: "" if callable(value) else str(value))
+@pytest.mark.parametrize(
+    ("settings", "canvas", "reveals"), EXACT, ids=lambda value: "" if callable(value) else str(value)
+)
 def test_deterministic_orders_have_the_likelihood_of_their_chain(model, settings, canvas, reveals):
     predicted = predictions(model)
     chain = [transition(predicted, reveal.double()) for reveal in reveals(predicted)]
