@@ -125,9 +125,11 @@ ASK_FOR_ATTENTIONS = (
     "test_model_outputs_equivalence",
     "test_retain_grad_hidden_states_attentions",
 )
-"""Tests of `output_attentions`, which is refused: ARMD has two streams of rows in the order of generation, MDLM computes
-only the rows asked for, and both take fused attention, which keeps no probabilities. There is no [length, length] matrix
-per layer to return."""
+"""Tests of `output_attentions`, which is refused.
+
+ARMD has two streams of rows in the order of generation, MDLM computes only the rows asked for, and both take fused
+attention, which keeps no probabilities: there is no [length, length] matrix per layer to return.
+"""
 
 
 class Suite(ModelTesterMixin):
