@@ -108,7 +108,8 @@ def as_paged_call(
     Raises:
         ValueError: for what would be passed over on this way, or would end in texts of several lengths.
     """
-    kwargs = {**kwargs, "cache_implementation": "paged"}
+    # It was left aside, if there is one, and transformers would put the model's own back.
+    kwargs = {**kwargs, "cache_implementation": "paged", "strategy": None}
     input_ids, attention_mask = kwargs.pop("input_ids", inputs), kwargs.pop("attention_mask", None)
     if attention_mask is not None and bool((attention_mask == 0).any()):
         raise ValueError(

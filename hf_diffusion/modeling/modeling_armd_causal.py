@@ -299,11 +299,11 @@ class ARMDForCausalLM(ARMDNetworkWithHead, GenerationMixin):
                 raise ValueError(
                     f"`{name}`={settings[name]!r} has no effect without a `strategy`. Set `strategy`, or leave it out."
                 )
-        if settings.get("cache_implementation") == "paged":
-            inputs, kwargs = as_paged_call(inputs, settings, others, kwargs)
         if settings.get("output_attentions"):
             _refuse_attentions()
         kwargs = {name: value for name, value in kwargs.items() if name not in DIFFUSION_FIELDS}
+        if settings.get("cache_implementation") == "paged":
+            inputs, kwargs = as_paged_call(inputs, settings, others, kwargs)
         return super().generate(inputs, generation_config, *others, **kwargs)
 
     def generate_batch(
@@ -311,8 +311,8 @@ class ARMDForCausalLM(ARMDNetworkWithHead, GenerationMixin):
     ) -> Any:
         """transformers' own: continuous batching of prompts of any lengths.
 
-        Fields of the generation config may be set in the call too. Without `max_new_tokens` anywhere, a text goes on
-        to its end or to that of the context.
+        Fields of the generation config may be set in the call too; `strategy=None` leaves the model's own aside.
+        Without `max_new_tokens` anywhere, a text goes on to its end or to that of the context.
 
         Raises:
             ValueError: before any pass, for settings without effect and prompts that the model cannot continue.
@@ -321,6 +321,8 @@ class ARMDForCausalLM(ARMDNetworkWithHead, GenerationMixin):
         settings = {name: value for name, value in kwargs.items() if name not in options}
         refuse_unknown(settings, tuple(options))
         config = copy.deepcopy(self.generation_config if generation_config is None else generation_config)
+        if "strategy" in settings and settings["strategy"] is None:
+            settings = {**DIFFUSION_FIELDS, **settings}
         config.update(**settings, allow_custom_entries=True)
         check_batching_config(config)
         for prompt in inputs:

@@ -148,6 +148,14 @@ class TestGreedy:
         # The first dimension is transformers' own.
         assert torch.equal(causal.generate(input_ids=ids, **arguments), expected[None])
 
+    def test_without_a_strategy_that_the_model_has(self, causal):
+        causal.generation_config.update(strategy="strided", num_streams=3, allow_custom_entries=True)
+        settings = {"strategy": None, "max_new_tokens": NEW, "continuous_batching_config": batching()}
+        expected = alone(causal, [1, 2, 3], strategy=None)
+        assert written(causal.generate_batch([[1, 2, 3]], **settings)) == [expected]
+        ids = torch.tensor([[1, 2, 3]])
+        assert causal.generate(ids, cache_implementation="paged", **settings).tolist() == [[[1, 2, 3, *expected]]]
+
 
 class TestSampling:
     def test_log_probabilities_are_those_of_the_tokens(self, prompts, causal):
