@@ -27,7 +27,7 @@ from ..generation.continuous_batching import (
     check_request,
 )
 from .causal_rows_armd import CausalRows, lay_rows, read_rows
-from .loss import chunked_cross_entropy
+from .loss import chunked_cross_entropy, read_shift_labels
 from .masks import build_mask
 from .masks_armd import Attends, attend_alike
 from .modeling_armd import ARMDForMaskedDiffusion, ARMDNetwork, ARMDNetworkWithHead
@@ -208,7 +208,7 @@ class ARMDForCausalLM(ARMDNetworkWithHead, GenerationMixin):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
-        shift_labels: torch.Tensor | None = None,
+        **others: torch.Tensor,
     ) -> CausalLMOutputWithPast:
         r"""
         Row n of the logits predicts token n + 1; the last row of left padding predicts the first token.
@@ -234,6 +234,7 @@ class ARMDForCausalLM(ARMDNetworkWithHead, GenerationMixin):
             ValueError: before any computation, for tokens outside the vocabulary, a text longer than
                 `max_position_embeddings`, and caches that keep less than ARMD reads.
         """
+        shift_labels = read_shift_labels(others)
         for name, targets in (("labels", labels), ("shift_labels", shift_labels)):
             if targets is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
                 raise ValueError(
