@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Everything that is done in a checkout of hf-diffusion, in one command each.
 
-    python3 dev.py demo [ARGS]   run `hf-diffusion demo ARGS` in an empty folder, from a wheel (.venv-demo)
-    python3 dev.py test [ARGS]   run `pytest ARGS` on this tree, a process per core (.venv)
-    python3 dev.py lint          run ruff and mypy on this tree (.venv)
-    python3 dev.py build         build the sdist and the wheel into dist/, and check what is in them (.venv)
+    python3 dev.py demo [ARGS]          run `hf-diffusion demo ARGS` in an empty folder, from a wheel (.venv-demo)
+    python3 dev.py test [ARGS]          run `pytest ARGS` on this tree, a process per core (.venv)
+    python3 dev.py test-oldest [ARGS]   the same, with the oldest transformers that pyproject.toml allows
+    python3 dev.py lint                 run ruff and mypy on this tree (.venv)
+    python3 dev.py build                build the sdist and the wheel into dist/, and check what is in them (.venv)
 
 It needs Python 3.10 or newer and its standard library. The environments are made at the first call, with the versions
 in constraints.txt, and are used again until what they were made from has changed.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -106,10 +108,25 @@ def demo(args: list[str]) -> None:
         step("running hf-diffusion demo", command, "demo", *args, cwd=Path(folder), env=env)
 
 
-def test(args: list[str]) -> None:
+def oldest_transformers(python: Path) -> Path:
+    """A folder with the oldest transformers that pyproject.toml allows, to be imported before the one in .venv."""
+    found = re.search(r'"transformers>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    assert found is not None
+    folder = python.parents[1] / f"transformers-{found[1]}"
+    if not folder.is_dir():
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            target = Path(temporary) / "packages"
+            options = ("install", "-qq", "--no-deps", "--target", target)
+            step(f"installing transformers {found[1]}", python, "-m", "pip", *options, f"transformers=={found[1]}")
+            target.rename(folder)
+    return folder
+
+
+def test(args: list[str], oldest: bool = False) -> None:
     python = editable_install("test")
-    step("fetching transformers' own tests", python, "tests/transformers_tests.py")
-    step("running pytest", python, "-m", "pytest", "-n", "auto", "--dist", "loadfile", *args)
+    env = {**os.environ, "PYTHONPATH": str(oldest_transformers(python))} if oldest else None
+    step("fetching transformers' own tests", python, "tests/transformers_tests.py", env=env)
+    step("running pytest", python, "-m", "pytest", "-n", "auto", "--dist", "loadfile", *args, env=env)
 
 
 def lint() -> None:
@@ -143,8 +160,8 @@ def main() -> None:
     name, *args = sys.argv[1:] or ["--help"]
     if name == "demo":
         demo(args)
-    elif name == "test":
-        test(args)
+    elif name in ("test", "test-oldest"):
+        test(args, oldest=name == "test-oldest")
     elif name in ("lint", "build") and not args:
         lint() if name == "lint" else build()
     elif name in ("-h", "--help"):

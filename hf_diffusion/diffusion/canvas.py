@@ -66,6 +66,15 @@ def check_tokens(
         )
 
 
+def check_no_mask(input_ids: torch.Tensor, mask_token_id: int) -> None:
+    """Raise ValueError if `input_ids` of any shape, text that is only to be continued, holds a position to fill."""
+    if bool(torch.eq(input_ids, mask_token_id).any()):
+        raise ValueError(
+            f"`input_ids` holds `mask_token_id` ({mask_token_id}), and a causal language model fills no gaps. "
+            "Set `strategy` in `generate`, or load the model with `AutoModelForMaskedLM`."
+        )
+
+
 def read_labels(
     labels: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, vocab_size: int
 ) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Cross-entropy of a language-model head that never holds the logits of a whole batch."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -39,6 +40,21 @@ def chunked_cross_entropy(
         nll = nll * weights.masked_fill(~predicted, 0)  # rows without a label may weigh infinity
     count = num_items_in_batch if num_items_in_batch is not None else predicted.sum().clamp(min=1)
     return nll.sum() / (count.to(nll.device) if isinstance(count, torch.Tensor) else count)
+
+
+def read_shift_labels(others: dict[str, Any]) -> torch.Tensor | None:
+    """`shift_labels`, the only argument that `forward` of a causal language model takes without naming it.
+
+    `Trainer` looks for every named argument with "label" in it among the columns of its data, and finds no labels if
+    one is lacking.
+
+    Raises:
+        TypeError: for any other argument.
+    """
+    for name in others:
+        if name != "shift_labels":
+            raise TypeError(f"forward() got an unexpected keyword argument {name!r}")
+    return others.get("shift_labels")
 
 
 def chunked_nll(

@@ -5,23 +5,33 @@ this order the query row that follows a token is final once the token is known, 
 keeps one entry for a token, and whatever transformers does with a cache of tokens can be done with this one.
 """
 
+import copy
 import inspect
 from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers import GenerationConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
-from ..diffusion.canvas import check_context, check_tokens, read_labels
+from ..diffusion.canvas import check_context, check_no_mask, check_tokens, read_labels
 from ..generation.configuration import DIFFUSION_FIELDS, refuse_unknown
-from .loss import chunked_cross_entropy
+from ..generation.continuous_batching import (
+    CheckedBatchingManager,
+    as_paged_call,
+    check_as_kept,
+    check_batching_config,
+    check_request,
+)
+from .causal_rows_armd import CausalRows, lay_rows, read_rows
+from .loss import chunked_cross_entropy, read_shift_labels
 from .masks import build_mask
 from .masks_armd import Attends, attend_alike
 from .modeling_armd import ARMDForMaskedDiffusion, ARMDNetwork, ARMDNetworkWithHead
+from .packed_armd import PackedARMD
 from .prefix_aggregation import aggregate_causally, aggregate_visible
 from .token_cache_armd import TokenCache, check_token_cache
 
@@ -29,7 +39,7 @@ from .token_cache_armd import TokenCache, check_token_cache
 class ARMDCausalModel(ARMDNetwork):
     """The network without its head: row n is the hidden state that predicts token n + 1.
 
-    Inside, row 0 of either stream is the start symbol's: its content row, and the query row for the first token.
+    Inside, the start symbol has a row in front of either stream.
     """
 
     @can_return_tuple
@@ -68,37 +78,27 @@ class ARMDCausalModel(ARMDNetwork):
             token_position = past + torch.arange(1, num_new + 1, device=device)[None]
         else:
             token_position = attention_mask.long().cumsum(dim=1)[:, -num_new:]
-        content_position = F.pad(token_position, (1, 0))
-        # Where the context is full, the row after the last token asks for a token that has no place: it takes the last.
-        query_position = (content_position + 1).clamp(max=self.config.max_position_embeddings)
-        positions = torch.cat([content_position, query_position], dim=1)
-
-        content = torch.where(
-            (content_position == 0)[..., None], self.start.to(inputs_embeds.dtype), F.pad(inputs_embeds, (0, 0, 1, 0))
-        )
-        query = self._aggregate(content, content_position, query_position, attention_mask, past, cache)
-        if self.no_neighbour is not None:  # left to right, the left neighbour is always known
-            query = query + content
-        attends = self._attends(content, attention_mask, past, past_key_values)
-        states_of_layers = self.query_stream(self.dropout(content), self.dropout(query), positions, attends, cache)
+        rows = lay_rows(self, inputs_embeds, token_position)
+        prefix = self._aggregate(rows, attention_mask, past, cache)
+        attends = self._attends(rows.content, attention_mask, past, past_key_values)
+        states_of_layers = read_rows(self, rows, prefix, attends, cache)
         return BaseModelOutputWithPast(
-            last_hidden_state=states_of_layers[-1][:, 1:],
+            last_hidden_state=states_of_layers[-1],
             past_key_values=past_key_values if use_cache else None,
-            hidden_states=tuple(states[:, 1:] for states in states_of_layers) if output_hidden_states else None,
+            hidden_states=tuple(states_of_layers) if output_hidden_states else None,
         )
 
     def _aggregate(
         self,
-        content: torch.Tensor,
-        content_position: torch.Tensor,
-        query_position: torch.Tensor,
+        rows: CausalRows,
         attention_mask: torch.Tensor | None,
         past: int | torch.Tensor,
         cache: TokenCache | None,
     ) -> torch.Tensor:
-        """Query rows [batch, 1 + new, hidden_size], from eq. 6."""
-        content_encoding = self.position_encoding(content_position, content.dtype)
-        query_encoding = self.position_encoding(query_position, content.dtype)
+        """Prefixes [batch, 1 + new, hidden_size] of the query rows: eq. 6 without its scale."""
+        content = rows.content
+        content_encoding = self.position_encoding(rows.content_position, content.dtype)
+        query_encoding = self.position_encoding(rows.query_position, content.dtype)
         if attention_mask is None:
             read = content
         else:
@@ -120,8 +120,7 @@ class ARMDCausalModel(ARMDNetwork):
                 position.clamp(max=self.config.max_position_embeddings), content.dtype
             )
             query = query + aggregate_visible(query_encoding, past_encoding, embeddings, visible[:, None] & (row > 0))
-        assert self.config.prefix_scale is not None
-        return query * self.config.prefix_scale
+        return query
 
     def _attends(
         self,
@@ -186,12 +185,7 @@ class ARMDCausalModel(ARMDNetwork):
             real = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :] != 0
             mask_token_id = self.config.mask_token_id
             assert mask_token_id is not None
-            text = input_ids if real is None else input_ids[real]
-            if bool(torch.eq(text, mask_token_id).any()):
-                raise ValueError(
-                    f"`input_ids` holds `mask_token_id` ({mask_token_id}), and a causal language model fills no gaps. "
-                    "Set `strategy` in `generate`, or load the model with `AutoModelForMaskedLM`."
-                )
+            check_no_mask(input_ids if real is None else input_ids[real], mask_token_id)
             check_tokens(input_ids, real, self.config.vocab_size, mask_token_id)
         return attention_mask
 
@@ -214,6 +208,7 @@ class ARMDForCausalLM(ARMDNetworkWithHead, GenerationMixin):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        **others: torch.Tensor,
     ) -> CausalLMOutputWithPast:
         r"""
         Row n of the logits predicts token n + 1; the last row of left padding predicts the first token.
@@ -232,19 +227,27 @@ class ARMDForCausalLM(ARMDNetworkWithHead, GenerationMixin):
             output_attentions: refused: the two streams read in different patterns, none of them tokens by tokens.
             output_hidden_states: return the query stream after the prefix aggregation and after every layer.
             num_items_in_batch: divides the loss in place of the number of labels (set by `Trainer`).
+            shift_labels: long [batch, new], in place of `labels`: row n of it is what row n of the logits predicts
+                (where a text is split among processes, and the next token is with another one).
 
         Raises:
             ValueError: before any computation, for tokens outside the vocabulary, a text longer than
                 `max_position_embeddings`, and caches that keep less than ARMD reads.
         """
-        if labels is not None:
-            if not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+        shift_labels = read_shift_labels(others)
+        for name, targets in (("labels", labels), ("shift_labels", shift_labels)):
+            if targets is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
                 raise ValueError(
-                    "`logits_to_keep` has no effect with `labels`, which return no logits: pass one of them."
+                    f"`logits_to_keep` has no effect with `{name}`, which returns no logits: pass one of them."
                 )
+        if shift_labels is not None:
+            text = input_ids if input_ids is not None else shift_labels
+            shift_labels = read_labels(shift_labels, text, None, self.config.vocab_size)
+        elif labels is not None:
             text = input_ids if input_ids is not None else labels
             new_mask = None if attention_mask is None else attention_mask[:, -labels.shape[1] :]
             labels = read_labels(labels, text, new_mask, self.config.vocab_size)
+            shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,
@@ -256,9 +259,9 @@ class ARMDForCausalLM(ARMDNetworkWithHead, GenerationMixin):
             return_dict=True,
         )
         hidden_states, loss, logits = outputs.last_hidden_state, None, None
-        if labels is not None:
+        if shift_labels is not None:
             loss = chunked_cross_entropy(
-                hidden_states[:, :-1], labels[:, 1:], self.lm_head, self.config.vocab_size, num_items_in_batch
+                hidden_states, shift_labels, self.lm_head, self.config.vocab_size, num_items_in_batch
             )
         else:
             rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -307,19 +310,61 @@ class ARMDForCausalLM(ARMDNetworkWithHead, GenerationMixin):
                 raise ValueError(
                     f"`{name}`={settings[name]!r} has no effect without a `strategy`. Set `strategy`, or leave it out."
                 )
-        if settings.get("cache_implementation") == "paged":
-            self.init_continuous_batching()
         if settings.get("output_attentions"):
             _refuse_attentions()
         kwargs = {name: value for name, value in kwargs.items() if name not in DIFFUSION_FIELDS}
+        if settings.get("cache_implementation") == "paged":
+            inputs, kwargs = as_paged_call(inputs, settings, others, kwargs)
         return super().generate(inputs, generation_config, *others, **kwargs)
 
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Not possible; `generate_batch` and `cache_implementation="paged"` come here as well."""
-        raise ValueError(
-            "Continuous batching (`generate_batch`, `cache_implementation`='paged') lays texts end to end and keeps a "
-            "key and a value of one width for every token. ARMD reads the start symbol in front of each text, and "
-            "embeddings besides keys and values. Pass a padded batch to `generate`."
+    def generate_batch(
+        self, inputs: list[list[int]], generation_config: GenerationConfig | None = None, *others: Any, **kwargs: Any
+    ) -> Any:
+        """transformers' own: continuous batching of prompts of any lengths.
+
+        Fields of the generation config may be set in the call too; `strategy=None` leaves the model's own aside.
+        Without `max_new_tokens` anywhere, a text goes on to its end or to that of the context.
+
+        Raises:
+            ValueError: before any pass, for settings without effect and prompts that the model cannot continue.
+        """
+        options = inspect.signature(GenerationMixin.generate_batch).parameters
+        settings = {name: value for name, value in kwargs.items() if name not in options}
+        refuse_unknown(settings, tuple(options))
+        config = copy.deepcopy(self.generation_config if generation_config is None else generation_config)
+        if "strategy" in settings and settings["strategy"] is None:
+            settings = {**DIFFUSION_FIELDS, **settings}
+        config.update(**settings, allow_custom_entries=True)
+        check_batching_config(config)
+        for prompt in inputs:
+            check_request(self.config, prompt, config.max_new_tokens, config.num_return_sequences or 1)
+        kwargs = {name: value for name, value in kwargs.items() if name in options}
+        return super().generate_batch(inputs, config, *others, **kwargs)
+
+    def init_continuous_batching(
+        self,
+        generation_config: GenerationConfig | None = None,
+        continuous_batching_config: ContinuousBatchingConfig | None = None,
+        workload_hints: Any = None,
+    ) -> CheckedBatchingManager:
+        """transformers' own; all its ways into continuous batching come here.
+
+        Raises:
+            ValueError: for settings without effect, and an `attn_implementation` other than "sdpa" and "eager".
+        """
+        config = copy.deepcopy(self.generation_config if generation_config is None else generation_config)
+        check_batching_config(config)
+        if config.eos_token_id is None:
+            config.eos_token_id = -1  # how the manager is told that no token ends a text
+        kept = getattr(self, "_cached_continuous_batching_manager", None)
+        if kept is not None:
+            if generation_config is not None:
+                check_as_kept(config, kept.generation_config)
+            return kept
+        if continuous_batching_config is None:
+            continuous_batching_config = getattr(config, "continuous_batching_config", None)
+        return CheckedBatchingManager(
+            PackedARMD(self), config, continuous_batching_config or ContinuousBatchingConfig(), workload_hints
         )
 
     @staticmethod

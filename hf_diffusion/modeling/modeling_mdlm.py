@@ -46,6 +46,7 @@ class MDLMModel(PublishedModel):
 
     config: MDLMConfig
     _no_split_modules = ["MDLMLayer"]
+    _keep_in_fp32_modules = ["noise_embedding.in_proj", "noise_embedding.out_proj"]  # nor are they ever quantised
 
     def __init__(self, config: MDLMConfig) -> None:
         super().__init__(config)

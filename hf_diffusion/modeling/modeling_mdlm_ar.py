@@ -17,7 +17,7 @@ from transformers.utils.generic import can_return_tuple
 from .absent_arguments import without_absent_arguments
 from .configuration_mdlm_ar import MDLMARConfig
 from .layers_mdlm import PreNormLayer
-from .loss import chunked_cross_entropy
+from .loss import chunked_cross_entropy, read_shift_labels
 from .published_mdlm import PublishedModel, PublishedModelWithHead, register_published_layout
 
 
@@ -96,7 +96,7 @@ class MDLMARForCausalLM(PublishedModelWithHead, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         output_hidden_states: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
-        shift_labels: torch.Tensor | None = None,
+        **others: torch.Tensor,
     ) -> CausalLMOutputWithPast:
         r"""
         Row n of the logits predicts token n + 1, as transformers has it. The mask token is never predicted (-inf).
@@ -115,6 +115,7 @@ class MDLMARForCausalLM(PublishedModelWithHead, GenerationMixin):
             shift_labels: long [batch, length], in place of `labels`: row n of it is what row n of the logits predicts
                 (set by `Trainer`, where a text is spread over devices).
         """
+        shift_labels = read_shift_labels(others)
         outputs = self.model(
             input_ids, attention_mask, position_ids, past_key_values, use_cache, output_hidden_states, return_dict=True
         )

@@ -28,7 +28,6 @@ class PublishedModel(CheckedPreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _keep_in_fp32_modules = ["noise_embedding.in_proj", "noise_embedding.out_proj"]  # nor are they ever quantised
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$"]  # published files hold it; the config says it
 
     @torch.no_grad()

@@ -212,8 +212,6 @@ class TestWayToTheStrategies:
             ({"output_attentions": True}, "`output_attentions`=True"),
             ({"strategy": "strided", "num_streams": 3, "num_beams": 2}, "`num_beams`=2 has no effect"),
             ({"max_new_tokens": 58}, "a text of 65 tokens, more than the model's context"),
-            ({"cache_implementation": "paged"}, "Continuous batching"),
-            ({"generation_config": GenerationConfig(cache_implementation="paged")}, "Continuous batching"),
         ],
         ids=lambda value: "" if isinstance(value, str) else "-".join(value),
     )
@@ -232,10 +230,6 @@ class TestWayToTheStrategies:
         assert causal.generate(ids, attention_mask=mask, max_new_tokens=54).shape == (2, 74)
         with pytest.raises(ValueError, match="a text of 65 tokens"):
             causal.generate(ids, attention_mask=mask, max_new_tokens=55)
-
-    def test_continuous_batching_is_refused_with_the_reason(self, causal):
-        with pytest.raises(ValueError, match="Continuous batching.*Pass a padded batch to `generate`"):
-            causal.generate_batch([[1, 2, 3]], max_new_tokens=2)
 
     def test_a_static_cache_of_the_users(self, causal, ids):
         cache = StaticCache(causal.config, max_cache_len=7 + NEW)

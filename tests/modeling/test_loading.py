@@ -7,7 +7,7 @@ import torch
 from families import FAMILIES, NUM_TOKENS, VOCAB_SIZE
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, BitsAndBytesConfig, TorchAoConfig
+from transformers import AutoModel, TorchAoConfig
 
 from hf_diffusion import MDLMForMaskedDiffusion, pack_linear_layers
 
@@ -69,13 +69,18 @@ class TestOptions:
         assert set(loaded.hf_device_map.values()) == {"cpu", "disk"}
         assert close(loaded, family.model())
 
+    # PyTorch's CPU kernel of flex_attention (2.13) is wrong for some numbers of keys, and does not compile for varying
+    # ones: hence 16 tokens, and a kernel for every shape.
+    @torch.no_grad()
+    @torch._dynamo.config.patch(automatic_dynamic_shapes=False)
     @pytest.mark.parametrize(
         "implementation", ["eager", "sdpa", pytest.param("flex_attention", marks=pytest.mark.slow)]
     )
     def test_attention_implementations_agree(self, family, folder, implementation):
         loaded = AutoModel.from_pretrained(folder, attn_implementation=implementation)
         assert loaded.config._attn_implementation == implementation
-        close(loaded, family.model(), tolerance=1e-3)
+        ids = text(length=16)
+        torch.testing.assert_close(loaded(ids).logits, family.model()(ids).logits, rtol=1e-3, atol=1e-3)
 
     def test_sharded(self, family, tmp_path):
         model = family.model()
@@ -114,7 +119,9 @@ class TestDtype:
     def test_is_the_one_asked_for_or_that_of_the_file(self, family, tmp_path, dtype, expected):
         family.model(torch.bfloat16).save_pretrained(tmp_path)
         loaded = AutoModel.from_pretrained(tmp_path, dtype=dtype)
-        assert {weight.dtype for weight in loaded.parameters()} == {expected}
+        kept = loaded._keep_in_fp32_modules if expected == torch.float16 else ()
+        for name, weight in loaded.named_parameters():
+            assert weight.dtype == (torch.float32 if any(part in name for part in kept) else expected), name
         assert loaded(text()).logits.dtype == expected
         assert written(loaded).shape == (2, 15)
 
@@ -171,7 +178,7 @@ class TestResizedVocabulary:
 
 
 class TestQuantised:
-    """With the backends that have a build for CPUs."""
+    """By torchao; bitsandbytes is tested in tests/training/test_quantized.py."""
 
     def test_torchao_int8(self, family, folder, tmp_path):
         quantization = pytest.importorskip("torchao.quantization")
@@ -185,19 +192,6 @@ class TestQuantised:
         assert num_rounded >= 6 * family.config().num_hidden_layers
         pack_linear_layers(loaded)
         close(loaded, rounded, tolerance=1e-3)
-        loaded.save_pretrained(tmp_path / "quantised")
-        again = AutoModel.from_pretrained(tmp_path / "quantised")
-        assert torch.equal(again(text()).logits, loaded(text()).logits)
-
-    @pytest.mark.parametrize(("options", "tolerance"), [({"load_in_8bit": True}, 0.2), ({"load_in_4bit": True}, 0.6)])
-    def test_bitsandbytes(self, family, tmp_path, options, tolerance):
-        pytest.importorskip("bitsandbytes")
-        model = family.model(hidden_size=64)  # a block of its 4-bit format
-        model.save_pretrained(tmp_path)
-        loaded = AutoModel.from_pretrained(tmp_path, quantization_config=BitsAndBytesConfig(**options))
-        logits, exact = loaded(text()).logits[..., :NUM_TOKENS], model(text()).logits[..., :NUM_TOKENS]
-        assert 0 < (logits - exact).norm() < tolerance * exact.norm()
-        assert written(loaded).shape == (2, 15)
         loaded.save_pretrained(tmp_path / "quantised")
         again = AutoModel.from_pretrained(tmp_path / "quantised")
         assert torch.equal(again(text()).logits, loaded(text()).logits)

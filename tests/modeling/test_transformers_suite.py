@@ -11,6 +11,7 @@ from transformers.models.auto import modeling_auto
 
 from hf_diffusion import (
     ARMDConfig,
+    ARMDForCausalLM,
     ARMDForMaskedDiffusion,
     LoMDMConfig,
     LoMDMForMaskedDiffusion,
@@ -79,7 +80,7 @@ def known_names():
     with pytest.MonkeyPatch.context() as patch:
         for table, classes in (
             (modeling_auto.MODEL_MAPPING_NAMES, (ARMDModel, MDLMModel, MDLMARModel)),
-            (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, (MDLMARForCausalLM,)),
+            (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, (ARMDForCausalLM, MDLMARForCausalLM)),
             (
                 modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
                 (ARMDForMaskedDiffusion, MDLMForMaskedDiffusion, LoMDMForMaskedDiffusion),
@@ -119,19 +120,28 @@ class Inputs:
         return self.get_config(), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
+ASK_FOR_ATTENTIONS = (
+    "test_attention_outputs",
+    "test_model_outputs_equivalence",
+    "test_retain_grad_hidden_states_attentions",
+)
+"""Tests of `output_attentions`, which is refused.
+
+ARMD has two streams of rows in the order of generation, MDLM computes only the rows asked for, and both take fused
+attention, which keeps no probabilities: there is no [length, length] matrix per layer to return.
+"""
+
+
 class Suite(ModelTesterMixin):
     """Everything that is in the mixin, but for `SKIPS`."""
 
     settings = {}
-    # ARMD has two streams of rows in the order of generation, MDLM computes only the rows asked for, and both take the
-    # weights of fused attention, which computes no probabilities: there is no [length, length] matrix per layer to
-    # return. `output_attentions` is refused.
-    has_attentions = False
     test_can_init_all_missing_weights_before_2023 = True  # files without a year count as old ones
 
     def setUp(self):
         if reason := SKIPS.get(self._testMethodName, {}).get(self.config_class):
             self.skipTest(reason)
+        self.has_attentions = self._testMethodName not in ASK_FOR_ATTENTIONS
         self.model_tester = Inputs(self)
 
     def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
@@ -145,10 +155,13 @@ class Suite(ModelTesterMixin):
 
 
 class TestARMD(Suite, unittest.TestCase):
-    config_class, all_model_classes = ARMDConfig, (ARMDModel, ARMDForMaskedDiffusion)
+    config_class = ARMDConfig
+    all_model_classes = (ARMDModel, ARMDForMaskedDiffusion, ARMDForCausalLM)
 
 
 class TestARMDLeftNeighbour(TestARMD):
+    # Left to right the left neighbour is always known, and the vector for one that is not gets no gradient.
+    all_model_classes = (ARMDModel, ARMDForMaskedDiffusion)
     settings = {"left_neighbour": True}
 
 
