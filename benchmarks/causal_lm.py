@@ -1,12 +1,14 @@
 """A pretrained causal model in parallel streams: what it costs in nats per token, and what it gains in speed.
 
     python benchmarks/causal_lm.py MODEL TEXT [--adapter FOLDER ...] [--num-windows 8] [--picture excess.svg]
+    python benchmarks/causal_lm.py MODEL TEXT --infill [--adapter FOLDER] [--num-windows 8]
     python benchmarks/causal_lm.py MODEL --speed [--new-tokens 256]
 
 The first prints the excess of the exact negative log-likelihood in strided orders over that of the same model from left
 to right, on the first windows of TEXT after a start token, with standard errors over windows; and where in a stream it
-sits. An adapter is what `hf-diffusion train --from-causal-lm MODEL` writes. The second prints tokens per second beside
-the model's own `generate` with its cache. MODEL is a folder or Hub name.
+sits. An adapter is what `hf-diffusion train --from-causal-lm MODEL` writes. The second fills the middle quarter of the
+windows from left to right, with the given text read in several orders. The third prints tokens per second beside the
+model's own `generate` with its cache. MODEL is a folder or Hub name.
 """
 
 import argparse
@@ -89,6 +91,45 @@ def excess(arguments: argparse.Namespace, causal_lm: Any, tokenizer: Any) -> Non
         draw(arguments.picture, curves)
 
 
+@torch.no_grad()
+def infill(arguments: argparse.Namespace, causal_lm: Any, tokenizer: Any) -> None:
+    """Cost of the middle quarter against the same model that is shown what is before it alone."""
+    count, length = arguments.num_windows, arguments.window_length
+    windows = first_windows(tokenizer, arguments.text, count, length, arguments.start_token)
+    model: Any = from_causal_lm(causal_lm, gap_token_id=arguments.start_token)
+    if arguments.adapter:
+        model = PeftModel.from_pretrained(model, arguments.adapter[0]).eval()
+    middle = torch.arange(length * 3 // 8, length * 5 // 8) + 1
+    start, before, after = (
+        torch.tensor([0]),
+        torch.arange(1, int(middle[0])),
+        torch.arange(int(middle[-1]) + 1, length + 1),
+    )
+    ways = {
+        "prefix alone": None,
+        "in position order": (start, before, after),
+        "suffix after the start token": (start, after, before),
+        "suffix first": (after, start, before),
+    }
+    costs = {}
+    for name, given in ways.items():
+        rows = []
+        for window in tqdm(windows.split(1), unit="window", leave=False):
+            text = window if given is not None else window[:, : int(middle[-1]) + 1]
+            order = torch.cat([*(given or (start, before)), middle])
+            logits = model(
+                text, block_index=orders.block_index_from_order(order)[None], query_positions=middle[None]
+            ).logits
+            rows.append(-logits.float().log_softmax(dim=-1).gather(-1, window[:, middle, None])[0, :, 0])
+        costs[name] = torch.stack(rows)
+        print(name, f"{costs[name].mean():.3f}", flush=True)
+    alone, in_order = costs["prefix alone"], costs["in position order"]
+    rows = [[name, mean_and_error(cost - alone), mean_and_error(cost - in_order)] for name, cost in costs.items()]
+    columns = ["given text is read", "over prefix alone", "over position order"]
+    title = f"nats per token of the middle {len(middle)} of {length} tokens, {count} windows ({alone.mean():.3f})"
+    report(title, columns, rows, arguments.json)
+
+
 def draw(path: Path, curves: dict[tuple[str, int], torch.Tensor]) -> None:
     """The excess by number of streams, and by place in a stream (the first one left out), of `curves` [windows, S,
     place]."""
@@ -167,6 +208,7 @@ def main() -> None:
     parser.add_argument("--later-text", nargs="+", default=["wrap"])
     parser.add_argument("--heads", nargs="+", default=["first"])
     parser.add_argument("--picture", type=Path, help="draw the excess by S and by place into this file")
+    parser.add_argument("--infill", action="store_true")
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=1)
@@ -182,7 +224,8 @@ def main() -> None:
     if arguments.speed:
         speed(arguments, causal_lm)
     else:
-        excess(arguments, causal_lm, AutoTokenizer.from_pretrained(arguments.model))
+        measure = infill if arguments.infill else excess
+        measure(arguments, causal_lm, AutoTokenizer.from_pretrained(arguments.model))
 
 
 if __name__ == "__main__":

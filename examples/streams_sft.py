@@ -1,6 +1,5 @@
 """Teach a chat model to answer in parallel streams: supervised fine-tuning, in which only the answers are learned.
 
-    pip install "hf-diffusion[peft]"
     python examples/streams_sft.py [MODEL]
 
 MODEL is a chat model, by folder or Hub name, and gets a LoRA adapter. Without one a tiny Llama learns from nothing.

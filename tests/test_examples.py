@@ -14,6 +14,7 @@ EXAMPLES = {
     "train.py": "train_loss",
     "lora.py": "nats per token before",
     "sft.py": "LEAR. The raven croaks, boy.",
+    "streams_sft.py": "in 4 streams: The raven croaks, boy.",
 }
 REQUIRED = {"sft.py": "trl"}
 

@@ -54,9 +54,17 @@ class CausalStreamsConfig(PreTrainedConfig):
         """Raise ValueError for special tokens that the model could not generate (called by `@checked`)."""
         check_token_ids(self, ("bos_token_id", "eos_token_id"))
 
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
+        """The causal model's: what transformers looks up, or changes, for a language model inside another one."""
+        return self.causal_lm_config.get_text_config(*args, **kwargs)  # type: ignore[union-attr]
+
     @property
     def vocab_size(self) -> int:
         return self.causal_lm_config.vocab_size  # type: ignore[union-attr]
+
+    @vocab_size.setter
+    def vocab_size(self, size: int) -> None:
+        self.causal_lm_config.vocab_size = size  # type: ignore[union-attr]
 
     @property
     def hidden_size(self) -> int:

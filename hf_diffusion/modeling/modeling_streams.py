@@ -49,14 +49,24 @@ class CausalStreamsForMaskedDiffusion(CheckedPreTrainedModel, DiffusionGeneratio
 
     def __init__(self, config: CausalStreamsConfig) -> None:
         super().__init__(config)
+        _check_attention(config._attn_implementation)
         register_wrapped_attention()
         implementation = WRAPPED if config.later_text == "wrap" else "sdpa"
         self.causal_lm = AutoModelForCausalLM.from_config(config.causal_lm_config, attn_implementation=implementation)
+        self.config.causal_lm_config = self.causal_lm.config  # one and the same from here on
         self.gap = nn.Embedding(1, config.hidden_size)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.causal_lm.get_input_embeddings()
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return False
+
+    def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
+        """Not possible, but for what is there already: the reading of text on the right is part of the attention."""
+        _check_attention(attn_implementation)
 
     def enable_input_require_grads(self) -> None:
         """As in transformers; the gap vector is an input too."""
@@ -67,6 +77,12 @@ class CausalStreamsForMaskedDiffusion(CheckedPreTrainedModel, DiffusionGeneratio
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         self.config.causal_lm_config.dtype = self.causal_lm.dtype  # type: ignore[union-attr]
         super().save_pretrained(*args, **kwargs)
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.causal_lm.set_input_embeddings(value)
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.causal_lm.set_output_embeddings(value)
 
     @property
     def lm_head(self) -> nn.Module:
@@ -116,6 +132,8 @@ class CausalStreamsForMaskedDiffusion(CheckedPreTrainedModel, DiffusionGeneratio
                 `max_position_embeddings`, a row of padding only, or an order in which a block would have to read a
                 masked position.
         """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         if labels is not None and query_positions is not None:
             raise ValueError("`labels` needs the logits of all positions: leave out `query_positions`.")
         real = real_positions(input_ids, attention_mask)
@@ -147,6 +165,7 @@ class CausalStreamsForMaskedDiffusion(CheckedPreTrainedModel, DiffusionGeneratio
         logits = self(
             text.input_ids, attention_mask=text.attention_mask, block_index=block_index, query_positions=scored
         ).logits
+        assert self.config.mask_token_id is not None
         exclude(self.config.mask_token_id, logits)
         nll = chunked_nll(logits, labels, lambda rows: rows, self.config.vocab_size)
         is_most_likely = logits.argmax(dim=-1) == labels
@@ -163,8 +182,9 @@ class CausalStreamsForMaskedDiffusion(CheckedPreTrainedModel, DiffusionGeneratio
         cache: CausalStreamsCache | None,
         output_hidden_states: bool | None,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
-        """Logits [batch, asked, vocab_size] and, if asked for, hidden states of the rows that predict."""
-        answers: list[torch.Tensor] = []
+        """Logits [batch, asked, vocab_size] and, if asked for, hidden states of the rows that predict; None for layers
+        that the causal model leaves out."""
+        answers: list[Any] = []
         if rows.token.shape[1]:
             outputs, kept = self._read(rows, input_ids, real, cache, output_hidden_states)
             index = rows.answer.clamp(min=0)
@@ -181,9 +201,10 @@ class CausalStreamsForMaskedDiffusion(CheckedPreTrainedModel, DiffusionGeneratio
             first = [outputs.logits, *(outputs.hidden_states or ())]
             if answers:
                 is_first = (rows.answer < 0)[..., None]
-                answers = [torch.where(is_first, one, other) for one, other in zip(first, answers, strict=True)]
+                both = zip(first, answers, strict=True)
+                answers = [None if one is None else torch.where(is_first, one, other) for one, other in both]
             else:
-                answers = [one.expand(*rows.answer.shape, -1) for one in first]
+                answers = [None if one is None else one.expand(*rows.answer.shape, -1) for one in first]
         logits, *states_of_layers = answers
         return logits, tuple(states_of_layers) if output_hidden_states else None
 
@@ -262,14 +283,23 @@ class CausalStreamsForMaskedDiffusion(CheckedPreTrainedModel, DiffusionGeneratio
         return cos / scaling, sin / scaling
 
 
+def _check_attention(implementation: str | dict | None) -> None:
+    """Raise ValueError for another attention than SDPA, which would read text on the right like text on the left."""
+    if implementation not in (None, "sdpa"):
+        raise ValueError(
+            f'`attn_implementation` must be "sdpa", got {implementation!r}: how text on the right is read is part of '
+            "the attention, and is there for SDPA only. Leave it out."
+        )
+
+
 def _take(labels: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """`labels` [batch, length] at `positions` [batch, n]; -100 where a position is -1."""
     return labels.gather(1, positions.clamp(min=0)).masked_fill(positions < 0, -100)
 
 
-def _take_rows(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def _take_rows(states: torch.Tensor | None, index: torch.Tensor) -> torch.Tensor | None:
     """`states` [batch, rows, size] at `index` [batch, n]."""
-    return states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
+    return None if states is None else states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
 
 
 def rotary_embedding(causal_lm: nn.Module) -> Any:

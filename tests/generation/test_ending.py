@@ -25,6 +25,7 @@ CASES = [
     ("mdlm", REMASKING),
     ("mdlm_blocks", {"strategy": "semi_autoregressive", "block_strategy": "first_hitting"}),
     ("lomdm", {"strategy": "ancestral", "max_denoising_steps": 4}),
+    ("causal_streams", {"strategy": "strided", "num_streams": 3}),
 ]
 
 
