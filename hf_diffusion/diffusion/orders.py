@@ -128,15 +128,23 @@ def fill_order(
     return after_given(step, real)
 
 
-def after_given(steps: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+def after_given(steps: torch.Tensor, real: torch.Tensor, suffix_first: bool = False) -> torch.Tensor:
     """`block_index` [batch, length] of a text whose given tokens come first, one block each in position order.
 
     Args:
         steps: long [batch, length], the step of each position to generate, from 0; negative for given tokens.
         real: bool [batch, length], False at padding, which gets `NEVER`.
+        suffix_first: of the given tokens, those behind the first position to generate come right after the first of
+            all, and the rest of those before it after them: suffix, prefix, middle, as models learn to fill gaps.
     """
     given = real & (steps < 0)
-    block_index = torch.where(given, given.cumsum(-1) - 1, steps + given.sum(dim=-1, keepdim=True))
+    rank = given.cumsum(-1) - 1
+    if suffix_first:
+        suffix = given & ((real & ~given).cumsum(-1) > 0)
+        num_before = (given & ~suffix).sum(dim=-1, keepdim=True)
+        in_suffix = suffix.cumsum(-1) - 1 + num_before.clamp(max=1)
+        rank = torch.where(suffix, in_suffix, rank + (rank > 0) * suffix.sum(dim=-1, keepdim=True))
+    block_index = torch.where(given, rank, steps + given.sum(dim=-1, keepdim=True))
     return block_index.masked_fill(~real, NEVER)
 
 

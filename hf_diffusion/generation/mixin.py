@@ -46,6 +46,9 @@ class DiffusionGenerationMixin(GenerationMixin):
     reads_block_index = False
     """`forward` takes `block_index`, and with it the order of the whole text before the first pass."""
 
+    reads_suffix_first = False
+    """Given text behind the first position to fill is read before most of what is in front of it."""
+
     learns_order = False
     """The output of `forward` has `exponents`, which say in which order positions want to be revealed."""
 

@@ -55,7 +55,7 @@ class Reader:
         self.block_index = None
         if model.reads_block_index:
             assert steps is not None
-            self.block_index = after_given(steps, self.real)
+            self.block_index = after_given(steps, self.real, model.reads_suffix_first)
         self.use_cache = use_cache
         self.cache: Cache | None = None
         self.rows = torch.arange(len(self.real), device=self.real.device)

@@ -122,7 +122,7 @@ class Decoding(BoundEstimator):
         if model.reads_block_index:
             assert filling.steps is not None
             self.nfe += 1
-            block_index = after_given(filling.steps, text.attention_mask.bool())
+            block_index = after_given(filling.steps, text.attention_mask.bool(), model.reads_suffix_first)
             of_tokens, is_most_likely = model.log_likelihood_in_order(text, block_index)
             self.is_greedy = (is_most_likely | ~to_fill).all(dim=1)
             return of_tokens

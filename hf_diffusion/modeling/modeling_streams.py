@@ -60,6 +60,11 @@ class CausalStreamsForMaskedDiffusion(CheckedPreTrainedModel, DiffusionGeneratio
     def get_input_embeddings(self) -> nn.Module:
         return self.causal_lm.get_input_embeddings()
 
+    @property
+    def reads_suffix_first(self) -> bool:  # type: ignore[override]
+        """What is read as if it stood before the text is read before it."""
+        return self.config.later_text == "wrap"
+
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         return False

@@ -121,3 +121,17 @@ def _longest_increasing(values):
     for index, value in enumerate(values):
         best.append(1 + max((best[j] for j in range(index) if values[j] < value), default=0))
     return max(best)
+
+
+@pytest.mark.parametrize(
+    ("steps", "real", "expected"),
+    [
+        ([-1, -1, -1, 0, 1, -1, -1], [1] * 7, [0, 3, 4, 5, 6, 1, 2]),  # a gap
+        ([-1, -1, 0, -1, 1, -1], [0, 1, 1, 1, 1, 1], [-1, 0, 3, 1, 4, 2]),  # two, after padding
+        ([0, 1, -1, -1], [1] * 4, [2, 3, 0, 1]),  # nothing in front
+        ([-1, -1, -1, 0, 1], [1] * 5, [0, 1, 2, 3, 4]),  # nothing behind
+    ],
+)
+def test_given_text_behind_a_gap_first(steps, real, expected):
+    block_index = orders.after_given(torch.tensor([steps]), torch.tensor([real]).bool(), suffix_first=True)
+    assert block_index.tolist() == [expected]

@@ -278,5 +278,22 @@ def test_uneven_prompts_and_gaps_of_a_batch_are_what_each_row_would_be_alone():
     assert torch.equal(together[1], alone[1][0])
 
 
+@pytest.mark.parametrize(
+    ("later_text", "order"),
+    [("wrap", [0, 4, 5, 1, 2, 3, 6, 7]), ("native", [0, 1, 2, 4, 5, 3, 6, 7]), ("hide", [0, 1, 2, 4, 5, 3, 6, 7])],
+)
+def test_given_text_on_the_right_is_read_first_where_it_is_wrapped(later_text, order):
+    streams = from_causal_lm(causal("llama", torch.float64), later_text=later_text)
+    mask = streams.config.mask_token_id
+    ids = torch.tensor([[4, 5, 6, mask, 8, 9, mask, mask]])
+    output = streams.generate(ids, eos_token_id=None, seed=1, return_dict_in_generate=True, output_logits=True)
+    whole = streams(output.sequences, block_index=orders.block_index_from_order(torch.tensor([order]))).logits
+    drawn = torch.stack(output.logits, dim=1)[0, [0, 3, 4]]
+    torch.testing.assert_close(drawn, whole[0, [3, 6, 7]], rtol=0, atol=1e-10)
+    scored = streams.score(output.sequences, labels=output.sequences.masked_fill(ids != mask, -100))
+    expected = whole[0, [3, 6, 7]].log_softmax(-1).gather(-1, output.sequences[0, [3, 6, 7], None]).sum()
+    torch.testing.assert_close(scored.log_likelihood[0], expected)
+
+
 def test_llama_config_is_what_stands_in_where_none_is_given():
     assert isinstance(CausalStreamsForMaskedDiffusion.config_class().causal_lm_config, LlamaConfig)
