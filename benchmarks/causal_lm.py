@@ -148,14 +148,15 @@ def draw(path: Path, curves: dict[tuple[str, int], torch.Tensor]) -> None:
         edges = [edge for edge in edges if edge < values.shape[2]] + [values.shape[2]]
         later = values[:, 1:].mean(dim=(0, 1))
         heights = [later[start:stop].mean().item() for start, stop in itertools.pairwise(edges)]
-        by_place.stairs(heights, [edge + 1 for edge in edges], color=f"C{color}", label=f"{name}, S={num_streams}")
+        by_place.stairs(heights, [edge + 1 for edge in edges], color=f"C{color}")
     by_streams.set_xlabel("streams")
     by_streams.set_ylabel("nats per token over left to right")
     by_streams.set_xscale("log", base=2)
+    by_streams.set_xticks(list(mine), [str(num_streams) for num_streams in mine])
     by_streams.legend(fontsize=7)
     by_place.set_xscale("log", base=2)
     by_place.axhline(0, color="0.7", linewidth=1)
-    by_place.set_xlabel("place in a stream, all but the first stream")
+    by_place.set_xlabel(f"place in a stream, all but the first of {num_streams}")
     figure.savefig(path)
 
 
