@@ -99,7 +99,7 @@ def test_layers_to_be_sharded_are_in_the_model(family):
 @pytest.mark.parametrize(
     ("family", "learning_rate", "kinds"),
     # Each process of MDLM and LoMDM draws its own masks, so only what no step has changed can be the same.
-    [("armd", 1.5e-3, ["ddp", "fsdp2"]), ("mdlm", 1e-12, ["ddp", "fsdp2"]), ("lomdm", 1e-12, ["fsdp2"])],
+    [("armd", 1.5e-3, ["ddp", "fsdp2"]), ("mdlm", 1e-12, ["fsdp2"]), ("lomdm", 1e-12, ["fsdp2"])],
 )
 def test_two_processes_get_the_loss_of_one(family, learning_rate, kinds, text, tmp_path):
     settings = {"steps": 10, "evaluate_every": 10, "learning_rate": learning_rate}
