@@ -60,6 +60,12 @@ class PreTrainedModelWithCode(PreTrainedModel):
                 "`include_code=True` has no effect with an adapter, which is saved without the model. Merge it into it "
                 "first, or leave `include_code` out."
             )
+        # `get_peft_model` wraps layers and does not tell the model. Saved like that, no model would find them.
+        if include_code and any(hasattr(module, "base_layer") for module in self.modules()):
+            raise ValueError(
+                "`include_code=True` with layers that PEFT has wrapped would save them in a way that no model loads. "
+                "Call `merge_and_unload()` of the PEFT model, and save what it returns."
+            )
         folder = Path(save_directory)
         card_file = folder / "README.md"
         if model_card is not None and card_file.exists():

@@ -21,10 +21,10 @@ SUMMABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @contextmanager
 def name_damaged_file(source: str | os.PathLike, options: dict[str, Any]) -> Iterator[None]:
-    """Say which safetensors file is lacking or cannot be read, and which tensors that costs."""
+    """Say which safetensors file, or index of them, is lacking or cannot be read, and which tensors that costs."""
     try:
         yield
-    except (FileNotFoundError, SafetensorError) as error:
+    except (FileNotFoundError, SafetensorError, json.JSONDecodeError) as error:
         if isinstance(error, FileNotFoundError) and not os.path.isdir(source):
             raise  # the Hub's own errors say what could not be fetched
         shards = _shards(source, options)
@@ -123,7 +123,13 @@ def _shards(source: str | os.PathLike, options: dict[str, Any]) -> dict[str, Pat
     index = _folder(source, options) / SAFE_WEIGHTS_INDEX_NAME
     if not index.is_file():
         return {}
-    return {name: index.with_name(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
+    try:
+        held = json.loads(index.read_text())["weight_map"]
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"`{index}` is damaged or cut off, and so no tensor can be found ({error}). Fetch it again."
+        ) from error
+    return {name: index.with_name(file) for name, file in held.items()}
 
 
 def _cut_off(path: Path) -> list[str]:

@@ -5,7 +5,7 @@ import json
 import pytest
 from families import FAMILIES
 from huggingface_hub import ModelCard
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModel
 
 from hf_diffusion import ARMDForMaskedDiffusion
@@ -98,6 +98,16 @@ def test_an_adapter_is_saved_without_code(model, tmp_path):
         model.save_pretrained(tmp_path / "out", include_code=True)
     model.save_pretrained(tmp_path / "out")
     assert {file.suffix for file in (tmp_path / "out").iterdir()} <= {".json", ".safetensors", ".md"}
+
+
+def test_a_model_inside_that_of_peft_is_saved_with_code_once_it_is_merged(model, tmp_path):
+    adapted = get_peft_model(model, LoraConfig())
+    with pytest.raises(ValueError, match="merge_and_unload"):
+        adapted.get_base_model().save_pretrained(tmp_path / "out", include_code=True)
+    assert not (tmp_path / "out").exists()
+    adapted.merge_and_unload().save_pretrained(tmp_path / "out", include_code=True)
+    assert (tmp_path / "out" / "auto_map.py").exists()
+    AutoModel.from_pretrained(tmp_path / "out")  # which refuses tensors that have no place
 
 
 @pytest.mark.parametrize("family", ["armd", "lomdm"])

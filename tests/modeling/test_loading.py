@@ -1,6 +1,7 @@
 """What `from_pretrained` and `PreTrainedModel` offer works for every family, or is refused with the reason."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -227,6 +228,14 @@ class TestDamaged:
         path, first = shards
         path.write_bytes(path.read_bytes()[:length])
         self.refused(tmp_path, path, WEIGHT if length < 0 else first)
+
+    @pytest.mark.usefixtures("shards")
+    @pytest.mark.parametrize("length", [0, 80])
+    def test_index_that_is_cut_off(self, length, tmp_path):
+        index = tmp_path / "model.safetensors.index.json"
+        index.write_bytes(index.read_bytes()[:length])
+        with pytest.raises(ValueError, match=f"{re.escape(str(index))}` is damaged or cut off"):
+            AutoModel.from_pretrained(tmp_path)
 
     def test_shard_that_lacks_a_tensor(self, shards, tmp_path):
         path, _ = shards
