@@ -117,7 +117,7 @@ BLOCK_STRATEGIES = tuple(
 
 def streams_of_a_llama(**settings):
     own = ("later_text", "mask_token_id", "eos_token_id", "pad_token_id", "bos_token_id", "use_cache")
-    inside = {"intermediate_size": 48, "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": None}
+    inside = {"intermediate_size": 128, "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": None}
     inside.update({name: value for name, value in settings.items() if name not in own})
     own_settings = {name: value for name, value in settings.items() if name in own}
     return CausalStreamsConfig(causal_lm_config=LlamaConfig(**inside), **own_settings)

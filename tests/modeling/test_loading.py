@@ -13,12 +13,20 @@ from transformers import AutoModel, TorchAoConfig
 from hf_diffusion import MDLMForMaskedDiffusion, pack_linear_layers
 
 
-WEIGHT = "model.layers.1.mlp.up_proj.weight"
+OF_OUR_OWN = [name for name in FAMILIES if name != "causal_streams"]
+"""Families whose layers are of this package, and not those of any causal model."""
 
 
 @pytest.fixture(params=FAMILIES)
 def family(request):
     return FAMILIES[request.param]
+
+
+@pytest.fixture
+def weight(family):
+    """The name of a tensor."""
+    names = family.model().state_dict()
+    return next(name for name in names if name.endswith("layers.1.mlp.up_proj.weight"))
 
 
 @pytest.fixture
@@ -70,6 +78,7 @@ class TestOptions:
         assert set(loaded.hf_device_map.values()) == {"cpu", "disk"}
         assert close(loaded, family.model())
 
+    @pytest.mark.parametrize("family", OF_OUR_OWN, indirect=True)  # streams take SDPA only: test_streams.py
     @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
     def test_attention_implementations_agree(self, family, folder, implementation):
         loaded = AutoModel.from_pretrained(folder, attn_implementation=implementation)
@@ -199,7 +208,9 @@ def change_tensors(folder, change):
 
 def change_config(folder, **settings):
     path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    config = json.loads(path.read_text())
+    config.get("causal_lm_config", config).update(settings)
+    path.write_text(json.dumps(config))
 
 
 class TestDamaged:
@@ -212,10 +223,10 @@ class TestDamaged:
             assert str(name) in str(caught.value)
 
     @pytest.fixture
-    def shards(self, family, tmp_path):
+    def shards(self, family, weight, tmp_path):
         family.model().save_pretrained(tmp_path, max_shard_size="20KB")
         held = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
-        path = tmp_path / held[WEIGHT]
+        path = tmp_path / held[weight]
         return path, min(name for name, file in held.items() if file == path.name)
 
     def test_shard_that_is_missing(self, shards, tmp_path):
@@ -224,10 +235,10 @@ class TestDamaged:
         self.refused(tmp_path, path, first, error=FileNotFoundError)
 
     @pytest.mark.parametrize("length", [0, 20, -40])
-    def test_shard_that_is_cut_off(self, shards, length, tmp_path):
+    def test_shard_that_is_cut_off(self, shards, weight, length, tmp_path):
         path, first = shards
         path.write_bytes(path.read_bytes()[:length])
-        self.refused(tmp_path, path, WEIGHT if length < 0 else first)
+        self.refused(tmp_path, path, weight if length < 0 else first)
 
     @pytest.mark.usefixtures("shards")
     @pytest.mark.parametrize("length", [0, 80])
@@ -237,12 +248,12 @@ class TestDamaged:
         with pytest.raises(ValueError, match=f"{re.escape(str(index))}` is damaged or cut off"):
             AutoModel.from_pretrained(tmp_path)
 
-    def test_shard_that_lacks_a_tensor(self, shards, tmp_path):
+    def test_shard_that_lacks_a_tensor(self, shards, weight, tmp_path):
         path, _ = shards
         tensors = load_file(path)
-        del tensors[WEIGHT]
+        del tensors[weight]
         save_file(tensors, path, {"format": "pt"})
-        self.refused(tmp_path, path, f"`{WEIGHT}` is missing")
+        self.refused(tmp_path, path, f"`{weight}` is missing")
 
     def test_one_file_that_is_cut_off(self, folder):
         path = folder / "model.safetensors"
@@ -253,37 +264,46 @@ class TestDamaged:
         last = max(header, key=lambda name: header[name]["data_offsets"])
         self.refused(folder, path, f"`{last}` cannot be read")
 
+    @pytest.mark.parametrize("kept", [0, 500, -40])
+    def test_file_of_pytorch_that_is_cut_off(self, folder, kept):
+        path = folder / "pytorch_model.bin"
+        torch.save(load_file(folder / "model.safetensors"), path)
+        (folder / "model.safetensors").unlink()
+        AutoModel.from_pretrained(folder)
+        path.write_bytes(path.read_bytes()[:kept])
+        self.refused(folder, path)
+
     def test_no_weights(self, folder):
         (folder / "model.safetensors").unlink()
         self.refused(folder, "model.safetensors", error=OSError)
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-    def test_values_that_are_not_finite(self, family, value, dtype, tmp_path):
+    def test_values_that_are_not_finite(self, family, weight, value, dtype, tmp_path):
         family.model(dtype).save_pretrained(tmp_path)
-        change_tensors(tmp_path, lambda tensors: tensors[WEIGHT][3].fill_(value))
-        self.refused(tmp_path, tmp_path / "model.safetensors", f"`{WEIGHT}` holds NaN or infinite")
+        change_tensors(tmp_path, lambda tensors: tensors[weight][3].fill_(value))
+        self.refused(tmp_path, tmp_path / "model.safetensors", f"`{weight}` holds NaN or infinite")
 
-    def test_large_values_are_not_infinite_ones(self, family, tmp_path):
+    def test_large_values_are_not_infinite_ones(self, family, weight, tmp_path):
         family.model(torch.float16).save_pretrained(tmp_path)
-        change_tensors(tmp_path, lambda tensors: tensors[WEIGHT].fill_(60000))
+        change_tensors(tmp_path, lambda tensors: tensors[weight].fill_(60000))
         assert AutoModel.from_pretrained(tmp_path).dtype == torch.float16
 
-    def test_tensor_of_another_shape(self, folder):
-        change_tensors(folder, lambda tensors: tensors.update({WEIGHT: tensors[WEIGHT][:-1].clone()}))
-        self.refused(folder, folder / "model.safetensors", f"`{WEIGHT}` has the shape (127, 32)", "(128, 32)")
+    def test_tensor_of_another_shape(self, folder, weight):
+        change_tensors(folder, lambda tensors: tensors.update({weight: tensors[weight][:-1].clone()}))
+        self.refused(folder, folder / "model.safetensors", f"`{weight}` has the shape (127, 32)", "(128, 32)")
         loaded = AutoModel.from_pretrained(folder, ignore_mismatched_sizes=True)
-        assert loaded.get_parameter(WEIGHT).shape == (128, 32)
-        assert loaded.get_parameter(WEIGHT).isfinite().all()
+        assert loaded.get_parameter(weight).shape == (128, 32)
+        assert loaded.get_parameter(weight).isfinite().all()
 
     @pytest.mark.parametrize("change", ["missing", "left over"])
-    def test_other_tensors_are_refused_unless_the_report_is_asked_for(self, folder, change):
-        other = "model.layers.1.mlp.gate_proj.weight"
+    def test_other_tensors_are_refused_unless_the_report_is_asked_for(self, folder, weight, change):
+        other = weight.replace("up_proj", "other_proj")
         change_tensors(
             folder,
-            lambda tensors: tensors.pop(WEIGHT) if change == "missing" else tensors.update({other: torch.ones(2)}),
+            lambda tensors: tensors.pop(weight) if change == "missing" else tensors.update({other: torch.ones(2)}),
         )
-        name = WEIGHT if change == "missing" else other
+        name = weight if change == "missing" else other
         self.refused(folder, folder / "model.safetensors", f"`{name}`", "output_loading_info")
         _, report = AutoModel.from_pretrained(folder, output_loading_info=True)
         assert report["missing_keys"] | report["unexpected_keys"] == {name}
@@ -291,8 +311,8 @@ class TestDamaged:
     @pytest.mark.parametrize(
         ("settings", "name"),
         [
-            ({"num_hidden_layers": 3}, "`model.layers.3."),
-            ({"num_hidden_layers": 5}, "`model.layers.4."),
+            ({"num_hidden_layers": 3}, "layers.3."),
+            ({"num_hidden_layers": 5}, "layers.4."),
             ({"intermediate_size": 64}, "mlp.down_proj.weight` has the shape (32, 128)"),
             ({"vocab_size": VOCAB_SIZE + 1}, f"has the shape ({VOCAB_SIZE},"),
         ],
@@ -302,6 +322,7 @@ class TestDamaged:
         change_config(folder, **settings)
         self.refused(folder, folder / "model.safetensors", name)
 
+    @pytest.mark.parametrize("family", OF_OUR_OWN, indirect=True)  # other configurations are checked by their classes
     @pytest.mark.parametrize(
         ("settings", "reason"),
         [
