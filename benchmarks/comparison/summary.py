@@ -1,0 +1,2 @@
+def write_summary(results, output):
+    print(results.keys())
