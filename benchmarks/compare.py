@@ -1,4 +1,4 @@
-"""An autoregressive transformer, MDLM, LoMDM and ARMD side by side: one size, one text, as many tokens of it, one order.
+"""An autoregressive transformer, MDLM, LoMDM and ARMD side by side: one size, one text in one order, as many tokens.
 
     python benchmarks/compare.py TRAINING_TEXT VALIDATION_TEXT TEST_TEXT --output FOLDER [--preset cpu] [--seeds 0 1 2]
         [--judge NAME] [--test]
@@ -133,7 +133,7 @@ def main() -> None:
     logging.disable_progress_bar()
     texts = {split: getattr(arguments, f"{split}_text") for split in ("training", "validation", "test")}
     comparison = Comparison(arguments.output, PRESETS[arguments.preset], texts)
-    results: dict[str, Any] = {"preset": arguments.preset}
+    results: dict[str, Any] = {"preset": arguments.preset, "seeds": arguments.seeds}
     for seed in arguments.seeds:
         for name in arguments.models:
             key = f"{name}-{seed}"
@@ -146,7 +146,7 @@ def main() -> None:
             if arguments.test:
                 results[f"test-{name}-{seed}"] = comparison.evaluate(name, seed, "test")
     results["throughput"] = training_throughput(comparison.preset, comparison.tokenizer, arguments.output)
-    write_summary(results, arguments.output)
+    print(write_summary(results, comparison.preset, arguments.output))
 
 
 if __name__ == "__main__":

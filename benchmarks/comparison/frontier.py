@@ -1,14 +1,13 @@
 """What the models of a comparison write, by temperature and number of passes, under one judge."""
 
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_diffusion.evaluation import DrawnTexts, Judge, draw_texts, judge_drawn
+from hf_diffusion.evaluation import DrawnTexts, Judge, draw_texts, judge_drawn, reference_pieces
 
 from .models import NAMES, AutoregressiveScorer
 from .presets import Preset
@@ -60,7 +59,7 @@ def draw_and_judge(
     """
     judge = Judge(AutoModelForCausalLM.from_pretrained(judge_name).eval(), AutoTokenizer.from_pretrained(judge_name))
     length, batch_size = preset.shared["text_length"], min(16, preset.num_samples)
-    references = pieces(tokenizer, reference, length, preset.num_samples)
+    references = reference_pieces(tokenizer, reference, length, preset.num_samples)
     found = []
     for series, settings in points(name, preset).items():
         for temperature in preset.temperatures:
@@ -79,10 +78,3 @@ def draw_and_judge(
                 )
             found.append(asdict(judge_drawn(series, temperature, drawn, tokenizer, judge, references)))
     return {"judge": judge_name, "points": found}
-
-
-def pieces(tokenizer: Any, text: str, length: int, number: int) -> Sequence[str]:
-    """`number` pieces of `length` tokens, spread evenly over a text."""
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    starts = range(0, len(ids) - length, max(1, (len(ids) - length) // number))
-    return [tokenizer.decode(ids[start : start + length]) for start in starts][:number]

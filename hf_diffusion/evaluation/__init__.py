@@ -2,7 +2,7 @@
 
 from ..modeling.bound_lomdm import BoundEstimate, estimate_lomdm_bound
 from .environment import environment
-from .frontier import DrawnTexts, FrontierPoint, draw_texts, judge_drawn, plot_frontier
+from .frontier import DrawnTexts, FrontierPoint, draw_texts, judge_drawn, plot_frontier, reference_pieces
 from .judge import Judge, JudgedTexts
 from .samples import SampleQuality, measure_samples
 from .text_likelihood import TextLikelihood, evaluate_text
@@ -23,4 +23,5 @@ __all__ = [
     "judge_drawn",
     "measure_samples",
     "plot_frontier",
+    "reference_pieces",
 ]

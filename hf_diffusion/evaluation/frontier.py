@@ -97,6 +97,19 @@ def judge_drawn(
     return FrontierPoint(series, temperature, drawn.nfe, drawn.tokens_per_second, quality)
 
 
+def reference_pieces(tokenizer: Any, text: str, length: int, number: int) -> list[str]:
+    """`number` pieces of `length` tokens, spread evenly over a text, for `judge_drawn`.
+
+    Raises:
+        ValueError: for a text of fewer tokens.
+    """
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    if len(ids) < length + number - 1:
+        raise ValueError(f"`text` has {len(ids)} tokens, too few for {number} different pieces of {length}.")
+    starts = torch.linspace(0, len(ids) - length, number).long().tolist()
+    return [tokenizer.decode(ids[start : start + length]) for start in starts]
+
+
 def plot_frontier(points: Sequence[FrontierPoint], path: Path, num_passes_at: float = 1.0) -> None:
     """Draw perplexity under the judge over entropy, and over passes, into a picture of the format that `path` names.
 
@@ -124,4 +137,4 @@ def plot_frontier(points: Sequence[FrontierPoint], path: Path, num_passes_at: fl
     figure.savefig(path, dpi=120)
 
 
-__all__ = ["DrawnTexts", "FrontierPoint", "draw_texts", "judge_drawn", "plot_frontier"]
+__all__ = ["DrawnTexts", "FrontierPoint", "draw_texts", "judge_drawn", "plot_frontier", "reference_pieces"]

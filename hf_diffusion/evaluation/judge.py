@@ -31,7 +31,7 @@ class Judge:
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int = 8) -> None:
         if model.training:
-            raise ValueError("`model` is in training mode, and dropout would change its judgement. Call `model.eval()`.")
+            raise ValueError("`model` is in training mode, and dropout would change what it says. Call `model.eval()`.")
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
