@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_diffusion.evaluation import DrawnTexts, Judge, draw_texts, judge_drawn, reference_pieces
+from hf_diffusion.evaluation import DrawnTexts, Judge, draw_texts, judge_drawn, measure_samples, reference_pieces
 
 from .models import NAMES, AutoregressiveScorer
 from .presets import Preset
@@ -52,7 +52,7 @@ def draw_autoregressively(
 def draw_and_judge(
     name: str, model: Any, tokenizer: Any, preset: Preset, judge_name: str, reference: str
 ) -> dict[str, Any]:
-    """Every point of a model's frontier. An end of text is a token like others here: all texts have one length.
+    """Every point of a model's frontier, and what people wrote. An end of text is a token like others here.
 
     Args:
         reference: a text, of which pieces as long as what is drawn are spread evenly.
@@ -77,4 +77,5 @@ def draw_and_judge(
                     **settings,
                 )
             found.append(asdict(judge_drawn(series, temperature, drawn, tokenizer, judge, references)))
-    return {"judge": judge_name, "points": found}
+    ids = [tokenizer(piece, add_special_tokens=False)["input_ids"] for piece in references]
+    return {"judge": judge_name, "points": found, "references": asdict(measure_samples(ids, references, judge))}

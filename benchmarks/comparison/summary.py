@@ -137,8 +137,10 @@ def throughput(results: dict[str, Any]) -> str:
 def frontier(results: dict[str, Any], output: Path) -> str:
     """The mean over seeds of every point."""
     by_point: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    written: dict[str, Any] = {}
     for name in NAMES:
         for part in of_seeds(results, "frontier", name):
+            written = part["references"]
             for point in part["points"]:
                 by_point.setdefault((point["series"], point["temperature"]), []).append(point)
     if not by_point:
@@ -170,6 +172,8 @@ def frontier(results: dict[str, Any], output: Path) -> str:
         )
         drawn.append(FrontierPoint(series, temperature, nfe, speed, of_point))
     plot_frontier(drawn, output / "frontier.svg")
+    cells = [f"{written['generative_perplexity']:.0f}", f"{written['unigram_entropy']:.3f}"]
+    rows.append(["the validation text itself", "", *cells, f"{written['distinct']['2']:.3f}", "", "", "", ""])
     columns = ["model", "temperature", "generative perplexity", "unigram entropy", "distinct 2-grams", "MAUVE"]
     columns += ["passes", "tokens per CPU second", "the paper's perplexity (entropy)"]
     return markdown("Generation", columns, rows)
