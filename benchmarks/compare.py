@@ -36,8 +36,8 @@ class Comparison:
         texts: names of the files to train, validate and test on, by "training", "validation" and "test".
     """
 
-    def __init__(self, output: Path, preset: Preset, texts: dict[str, str]) -> None:
-        self.output, self.preset, self.texts = output, preset, texts
+    def __init__(self, output: Path, preset: Preset, texts: dict[str, str], device: str) -> None:
+        self.output, self.preset, self.texts, self.device = output, preset, texts, device
         digests = {name: hashlib.sha256(load_text(file)[0].encode()).hexdigest() for name, file in texts.items()}
         check_settings(output, preset, digests)
         self.tokenizer_folder, self.while_training = output / "tokenizer", output / "validated_while_training.txt"
@@ -76,7 +76,7 @@ class Comparison:
         """Likelihoods or bounds of `split`, by the number of streams for ARMD."""
 
         def compute() -> dict[str, Any]:
-            model = load(name, self.folder(name, seed))
+            model = load(name, self.folder(name, seed), self.device)
             text = load_text(self.texts[split])[0][: self.preset.characters]
             results = {}
             for label, settings in self._scored(name).items():
@@ -109,9 +109,9 @@ class Comparison:
 
     def frontier(self, name: str, seed: int, judge: str) -> dict[str, Any]:
         def compute() -> dict[str, Any]:
-            model = load(name, self.folder(name, seed))
+            model = load(name, self.folder(name, seed), self.device)
             references = load_text(self.texts["validation"])[0]
-            return draw_and_judge(name, model, self.tokenizer, self.preset, judge, references)
+            return draw_and_judge(name, model, self.tokenizer, self.preset, judge, references, self.device)
 
         return part(self.output / "parts" / f"frontier-{name}-{seed}.json", compute)
 
@@ -128,11 +128,12 @@ def main() -> None:
     parser.add_argument("--judge", help="folder or Hub name of a causal model that judges what is drawn")
     parser.add_argument("--test", action="store_true", help="score the test text")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="to evaluate on; training takes an accelerator if there is one")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     logging.disable_progress_bar()
     texts = {split: getattr(arguments, f"{split}_text") for split in ("training", "validation", "test")}
-    comparison = Comparison(arguments.output, PRESETS[arguments.preset], texts)
+    comparison = Comparison(arguments.output, PRESETS[arguments.preset], texts, arguments.device)
     results: dict[str, Any] = {"preset": arguments.preset, "seeds": arguments.seeds}
     for seed in arguments.seeds:
         for name in arguments.models:
@@ -145,7 +146,9 @@ def main() -> None:
                 results[f"frontier-{name}-{seed}"] = comparison.frontier(name, seed, arguments.judge)
             if arguments.test:
                 results[f"test-{name}-{seed}"] = comparison.evaluate(name, seed, "test")
-    results["throughput"] = training_throughput(comparison.preset, comparison.tokenizer, arguments.output)
+    results["throughput"] = training_throughput(
+        comparison.preset, comparison.tokenizer, arguments.output, arguments.device
+    )
     print(write_summary(results, comparison.preset, arguments.output))
 
 

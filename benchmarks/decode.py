@@ -54,8 +54,8 @@ class Decoders:
         self.plain, self.packed = (ARMDForMaskedDiffusion(config).to(dtype).eval() for _ in range(2))
         pack_linear_layers(self.packed)
         names = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
-        gpt2_config = GPT2Config(**{names.get(key, key): value for key, value in shape.items()})
-        gpt2_config.bos_token_id = gpt2_config.eos_token_id = None
+        renamed = {names.get(key, key): value for key, value in shape.items()}
+        gpt2_config = GPT2Config(**renamed, bos_token_id=None, eos_token_id=None)
         self.gpt2 = GPT2LMHeadModel(gpt2_config).to(dtype).eval()
 
     @torch.no_grad()

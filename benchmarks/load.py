@@ -35,8 +35,8 @@ def loading_cases(shape: dict[str, int], folder: Path) -> dict[str, Case]:
         folder: empty, for the checkpoints.
     """
     names = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
-    gpt2_config = GPT2Config(**{names.get(key, key): value for key, value in shape.items()})
-    gpt2_config.bos_token_id = gpt2_config.eos_token_id = None
+    renamed = {names.get(key, key): value for key, value in shape.items()}
+    gpt2_config = GPT2Config(**renamed, bos_token_id=None, eos_token_id=None)
     models = {
         BASELINE: GPT2LMHeadModel(gpt2_config),
         "ARMD": ARMDForMaskedDiffusion(ARMDConfig(**shape)),

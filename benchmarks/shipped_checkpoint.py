@@ -1,4 +1,4 @@
-"""The checkpoint that comes with the package, as in its model card: likelihoods of held-out text, quality of drawn text.
+"""The checkpoint that comes with the package, as in its model card: likelihoods of held-out text and drawn texts.
 
     python benchmarks/shipped_checkpoint.py TEXT [--judge NAME] [--json shipped.json]
 

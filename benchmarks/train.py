@@ -65,8 +65,9 @@ def training_cases(
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
+        bos_token_id=None,
+        eos_token_id=None,
     )
-    gpt2_config.bos_token_id = gpt2_config.eos_token_id = None
     gpt2 = GPT2LMHeadModel(gpt2_config).train()
 
     def autocast() -> torch.autocast:

@@ -1,6 +1,7 @@
 """What the models of a comparison write, by temperature and number of passes, under one judge."""
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -33,45 +34,53 @@ def points(name: str, preset: Preset) -> dict[str, dict[str, Any]]:
 
 @torch.no_grad()
 def draw_autoregressively(
-    scorer: AutoregressiveScorer, num_texts: int, length: int, seed: int, batch_size: int, temperature: float
+    scorer: AutoregressiveScorer,
+    num_texts: int,
+    length: int,
+    batch_size: int,
+    clock: Callable[[], float],
+    temperature: float,
 ) -> DrawnTexts:
     """By transformers' own `generate`, with its cache, from the start token."""
     token_ids, seconds = [], 0.0
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     for _ in range(num_texts // batch_size):
-        start = torch.full((batch_size, 1), scorer.config.eos_token_id)
-        started = time.process_time()
+        start = torch.full((batch_size, 1), scorer.config.eos_token_id, device=scorer.model.device)
+        started = clock()
         drawn = scorer.model.generate(
             start, max_new_tokens=length, do_sample=True, top_k=0, temperature=temperature, eos_token_id=None
         )
-        seconds += time.process_time() - started
+        seconds += clock() - started
         token_ids += drawn[:, 1:].tolist()
     return DrawnTexts(token_ids, length, sum(map(len, token_ids)) / seconds)
 
 
 def draw_and_judge(
-    name: str, model: Any, tokenizer: Any, preset: Preset, judge_name: str, reference: str
+    name: str, model: Any, tokenizer: Any, preset: Preset, judge_name: str, reference: str, device: str
 ) -> dict[str, Any]:
     """Every point of a model's frontier, and what people wrote. An end of text is a token like others here.
 
     Args:
         reference: a text, of which pieces as long as what is drawn are spread evenly.
     """
-    judge = Judge(AutoModelForCausalLM.from_pretrained(judge_name).eval(), AutoTokenizer.from_pretrained(judge_name))
+    judge = Judge(
+        AutoModelForCausalLM.from_pretrained(judge_name).eval().to(device), AutoTokenizer.from_pretrained(judge_name)
+    )
     length, batch_size = preset.shared["text_length"], min(16, preset.num_samples)
+    clock = time.process_time if device == "cpu" else time.perf_counter
     references = reference_pieces(tokenizer, reference, length, preset.num_samples)
     found = []
     for series, settings in points(name, preset).items():
         for temperature in preset.temperatures:
             if name == "autoregressive":
-                drawn = draw_autoregressively(model, preset.num_samples, length, 0, batch_size, temperature)
+                drawn = draw_autoregressively(model, preset.num_samples, length, batch_size, clock, temperature)
             else:
                 drawn = draw_texts(
                     model,
                     preset.num_samples,
                     length,
                     batch_size=batch_size,
-                    clock=time.process_time,
+                    clock=clock,
                     temperature=temperature,
                     eos_token_id=None,
                     **settings,

@@ -88,6 +88,7 @@ class AutoregressiveScorer(nn.Module):
     @torch.no_grad()
     def score(self, input_ids: torch.Tensor, labels: torch.Tensor, seed: Sequence[int]) -> Likelihood:
         """Args: input_ids, labels: long [batch, length]. `seed` is for what is drawn, which nothing is."""
+        input_ids, labels = input_ids.to(self.model.device), labels.to(self.model.device)
         texts = torch.cat([torch.full_like(input_ids[:, :1], self.config.eos_token_id), input_ids], dim=1)
         logits = self.model(texts, use_cache=False).logits[:, :-1]
         of_tokens = logits.double().log_softmax(-1).gather(-1, input_ids[..., None])[..., 0]
@@ -125,8 +126,8 @@ def make_recipe(name: str, seed: int, preset: Preset, **places: Any) -> Training
     )
 
 
-def load(name: str, folder: Path) -> Any:
+def load(name: str, folder: Path, device: str) -> Any:
     """A trained model in evaluation mode."""
     if name == "autoregressive":
-        return AutoregressiveScorer(AutoModelForCausalLM.from_pretrained(folder).eval())
-    return AutoModel.from_pretrained(folder).eval()
+        return AutoregressiveScorer(AutoModelForCausalLM.from_pretrained(folder).eval()).to(device)
+    return AutoModel.from_pretrained(folder).eval().to(device)

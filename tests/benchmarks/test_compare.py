@@ -112,10 +112,11 @@ def test_one_command_runs_it_and_goes_on_where_it_was(tmp_path, monkeypatch, cap
         (tmp_path / name).write_text(TEXT)
     texts = [str(tmp_path / name) for name in ("train", "valid", "test")]
     command = ["compare.py", *texts, "--output", str(tmp_path / "out"), "--preset", "smoke", "--seeds", "1"]
-    monkeypatch.setattr("sys.argv", [*command, "--models", "autoregressive", "armd", "armd_strided"])
+    command += ["--models", "autoregressive", "armd", "armd_strided"]
+    monkeypatch.setattr("sys.argv", command)
     compare.main()
     monkeypatch.setattr(compare, "train", lambda recipe: pytest.fail("trained again"))
-    monkeypatch.setattr("sys.argv", [*compare.sys.argv, "--test"])
+    monkeypatch.setattr("sys.argv", [*command, "--test"])
     capsys.readouterr()
     compare.main()
     printed = capsys.readouterr().out
