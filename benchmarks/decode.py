@@ -8,10 +8,12 @@ packed weights, growing cache, one uniform per draw).
 """
 
 import argparse
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from harness import best_seconds, matmul_rate, read_bandwidth, report
+from harness import Case, matrix_weights, report_side_by_side, side_by_side
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_diffusion import ARMDCache, ARMDConfig, ARMDForMaskedDiffusion, pack_linear_layers
@@ -24,7 +26,7 @@ SHAPE = {"vocab_size": 50257, "hidden_size": 768, "num_hidden_layers": 12, "num_
 
 def decode_autoregressively(model: ARMDForMaskedDiffusion, batch_size: int, num_tokens: int) -> None:
     """An ordinary causal transformer made of ARMD's layers: one row a pass, which reads the token before it."""
-    network, cache, rows = model.model, ARMDCache(SHAPE["num_hidden_layers"]), slice(None)
+    network, cache, rows = model.model, ARMDCache(len(model.model.layers)), slice(None)
     uniforms = torch.rand(num_tokens, batch_size, dtype=torch.float64)
     tokens = torch.zeros(batch_size, 1, dtype=torch.long)
     for step in range(num_tokens):
@@ -36,7 +38,66 @@ def decode_autoregressively(model: ARMDForMaskedDiffusion, batch_size: int, num_
         tokens = sample_categorical(logits, uniforms[step][:, None])
 
 
-@torch.no_grad()
+GPT2, TUNED = "GPT-2, transformers' generate", "AR, tuned alike"
+
+
+class Decoders:
+    """Models of one shape with random weights.
+
+    Args:
+        shape: as in `SHAPE`.
+    """
+
+    def __init__(self, shape: dict[str, int], dtype: torch.dtype, left_neighbour: bool = False) -> None:
+        self.shape, self.dtype = shape, dtype
+        config = ARMDConfig(**shape, left_neighbour=left_neighbour)
+        self.plain, self.packed = (ARMDForMaskedDiffusion(config).to(dtype).eval() for _ in range(2))
+        pack_linear_layers(self.packed)
+        names = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
+        renamed = {names.get(key, key): value for key, value in shape.items()}
+        gpt2_config = GPT2Config(**renamed, bos_token_id=None, eos_token_id=None)
+        self.gpt2 = GPT2LMHeadModel(gpt2_config).to(dtype).eval()
+
+    @torch.no_grad()
+    def strided(self, packed: bool, batch_size: int, num_tokens: int, num_streams: int, **more: bool) -> None:
+        model = self.packed if packed else self.plain
+        nothing = torch.empty(batch_size, 0, dtype=torch.long)
+        model.generate(nothing, max_new_tokens=num_tokens, strategy="strided", num_streams=num_streams, **more)
+
+    @torch.no_grad()
+    def generate_gpt2(self, batch_size: int, num_tokens: int) -> None:
+        start = torch.zeros(batch_size, 1, dtype=torch.long)
+        self.gpt2.generate(start, max_new_tokens=num_tokens, do_sample=True, top_k=0, pad_token_id=0)
+
+    @torch.no_grad()
+    def tuned(self, batch_size: int, num_tokens: int) -> None:
+        decode_autoregressively(self.packed, batch_size, num_tokens)
+
+    def cases(self, batch_size: int, num_tokens: int, streams: list[int]) -> dict[str, Case]:
+        tokens = batch_size * num_tokens
+        weights = matrix_weights(self.shape)
+        # The lower half reads what was drawn and asks for what comes next: two rows for a token.
+        layers = self.shape["num_hidden_layers"]
+        of_armd = 2 * tokens * matrix_weights(self.shape, layers=1.5 * layers)
+
+        def case(run: Callable[[], None], num_streams: int | None) -> Case:
+            passes = num_tokens if num_streams is None else num_streams + -(-num_tokens // num_streams) - 1
+            operations = 2 * tokens * weights if num_streams is None else of_armd
+            return Case(run, passes * weights * self.dtype.itemsize, operations, tokens)
+
+        def armd(num_streams: int, packed: bool = True, **more: bool) -> Case:
+            return case(lambda: self.strided(packed, batch_size, num_tokens, num_streams, **more), num_streams)
+
+        return {
+            GPT2: case(lambda: self.generate_gpt2(batch_size, num_tokens), None),
+            TUNED: case(lambda: self.tuned(batch_size, num_tokens), None),
+            **{f"ARMD S={s}": armd(s) for s in streams},
+            "ARMD S=1, not packed": armd(1, packed=False),
+            "ARMD S=4, not packed": armd(4, packed=False),
+            "ARMD S=4, with history": armd(4, return_dict_in_generate=True),
+        }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
@@ -52,64 +113,20 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     dtype, batch, num_tokens = getattr(torch, arguments.dtype), arguments.batch_size, arguments.new_tokens
-
-    plain = ARMDForMaskedDiffusion(ARMDConfig(**SHAPE, left_neighbour=arguments.left_neighbour)).to(dtype).eval()
-    packed = ARMDForMaskedDiffusion(ARMDConfig(**SHAPE, left_neighbour=arguments.left_neighbour)).to(dtype).eval()
-    pack_linear_layers(packed)
-    names = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
-    gpt2 = GPT2LMHeadModel(GPT2Config(**{names.get(key, key): value for key, value in SHAPE.items()})).to(dtype).eval()
-    start = torch.full((batch, 1), 50256)
-
-    def strided(model: ARMDForMaskedDiffusion, num_streams: int, **more: bool) -> None:
-        model.generate(start[:, :0], max_new_tokens=num_tokens, strategy="strided", num_streams=num_streams, **more)
-
+    decoders = Decoders(SHAPE, dtype, arguments.left_neighbour)
     if arguments.profile:
-        strided(packed, arguments.profile)
+        decoders.strided(True, batch, num_tokens, arguments.profile)
         with torch.profiler.profile() as profiler:
-            strided(packed, arguments.profile)
+            decoders.strided(True, batch, num_tokens, arguments.profile)
         print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=40))
         return
-
-    def generate_gpt2() -> None:
-        gpt2.generate(start, max_new_tokens=num_tokens, do_sample=True, top_k=0, eos_token_id=None, pad_token_id=50256)
-
-    cases = {
-        "GPT-2, transformers' generate": generate_gpt2,
-        "AR, tuned alike": lambda: decode_autoregressively(packed, batch, num_tokens),
-        "ARMD S=1, not packed": lambda: strided(plain, 1),
-        "ARMD S=4, not packed": lambda: strided(plain, 4),
-        "ARMD S=4, with history": lambda: strided(packed, 4, return_dict_in_generate=True),
-        **{f"ARMD S={s}": lambda s=s: strided(packed, s) for s in arguments.num_streams},
+    cases = decoders.cases(batch, num_tokens, arguments.num_streams)
+    measured = side_by_side(cases, GPT2, arguments.rounds, dtype, time.perf_counter)
+    measured = {
+        name: {**row, "x tuned AR": measured[TUNED]["seconds"] / row["seconds"]} for name, row in measured.items()
     }
-    seconds = best_seconds(cases, arguments.rounds)
-    weights = sum(weight.numel() for weight in packed.parameters())
-    floor = weights * dtype.itemsize / read_bandwidth()
-    gpt2_seconds, tuned_seconds = seconds["GPT-2, transformers' generate"], seconds["AR, tuned alike"]
-    rows = []
-    for name, value in seconds.items():
-        num_streams = int(name.split("=")[1].split(",")[0]) if "S=" in name else 1
-        passes = num_streams + -(-num_tokens // num_streams) - 1
-        rows.append(
-            [
-                name,
-                passes,
-                batch * num_tokens / value,
-                1000 * value / passes,
-                gpt2_seconds / value,
-                tuned_seconds / value,
-                floor * passes / value,
-            ]
-        )
-    rate = matmul_rate(dtype) / 1e9
-    report(
-        f"{arguments.dtype}, batch {batch}, {num_tokens} new tokens, {arguments.threads} threads",
-        ["decoder", "passes", "tokens/s", "ms/pass", "x GPT-2", "x tuned AR", "share of bandwidth floor"],
-        rows,
-        arguments.json,
-        matmul_gflops=rate,
-        weight_floor_ms=1000 * floor,
-    )
-    print(f"reading the weights once takes {1000 * floor:.1f} ms; matrix products run at {rate:.0f} GFLOP/s")
+    title = f"{arguments.dtype}, batch {batch}, {num_tokens} new tokens, {arguments.threads} threads"
+    report_side_by_side(title, measured, GPT2, arguments.json)
 
 
 if __name__ == "__main__":

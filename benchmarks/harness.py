@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +35,85 @@ def best_seconds(
     return best
 
 
-def read_bandwidth() -> float:
-    """Bytes per second at which this machine reads a large tensor: the floor under every pass over the weights."""
+@dataclass(frozen=True)
+class Ceilings:
+    """
+    Attributes:
+        bytes_per_second: at which this machine reads a large tensor.
+        operations_per_second: floating-point operations of a large matrix product.
+    """
+
+    bytes_per_second: float
+    operations_per_second: float
+
+    def floor(self, num_bytes: float, operations: float) -> float:
+        """Seconds below which nothing can be done that moves and computes so much."""
+        return max(num_bytes / self.bytes_per_second, operations / self.operations_per_second)
+
+
+def measure_ceilings(dtype: torch.dtype, clock: Callable[[], float] = time.perf_counter) -> Ceilings:
     weights = torch.ones(2**26)
-    seconds = best_seconds({"sum": weights.sum}, rounds=5)["sum"]
-    return weights.numel() * weights.element_size() / seconds
-
-
-def matmul_rate(dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a large matrix product."""
     left, right = torch.ones(1024, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-    seconds = best_seconds({"product": lambda: left @ right}, rounds=5)["product"]
-    return 2 * 1024**3 / seconds
+    seconds = best_seconds({"sum": weights.sum, "product": lambda: left @ right}, rounds=5, clock=clock)
+    return Ceilings(weights.numel() * weights.element_size() / seconds["sum"], 2 * 1024**3 / seconds["product"])
+
+
+@dataclass(frozen=True)
+class Case:
+    """
+    Attributes:
+        run: what is timed.
+        num_bytes: that must move at least, of weights and files; what stays in caches is not counted.
+        operations: floating-point operations that must run, of matrix products.
+        tokens: that are written or read; 0 if it is about none.
+    """
+
+    run: Callable[[], Any]
+    num_bytes: float
+    operations: float
+    tokens: int = 0
+
+
+def side_by_side(
+    cases: dict[str, Case], baseline: str, rounds: int, dtype: torch.dtype, clock: Callable[[], float]
+) -> dict[str, dict[str, float]]:
+    """By case: "seconds", "x baseline" (how many times as fast), "share of limit", and "tokens/s" where there are any.
+
+    Ceilings are measured before and after, and the higher ones taken.
+    """
+    before = measure_ceilings(dtype, clock)
+    seconds = best_seconds({name: case.run for name, case in cases.items()}, rounds, clock=clock)
+    after = measure_ceilings(dtype, clock)
+    ceilings = Ceilings(
+        max(before.bytes_per_second, after.bytes_per_second),
+        max(before.operations_per_second, after.operations_per_second),
+    )
+    rows = {}
+    for name, case in cases.items():
+        floor = ceilings.floor(case.num_bytes, case.operations)
+        row = {"seconds": seconds[name]}
+        if case.tokens:
+            row["tokens/s"] = case.tokens / seconds[name]
+        row |= {"x baseline": seconds[baseline] / seconds[name], "share of limit": floor / seconds[name]}
+        rows[name] = row
+    return rows
+
+
+def report_side_by_side(title: str, measured: dict[str, dict[str, float]], baseline: str, path: Path | None) -> None:
+    columns = [f"case (baseline: {baseline})", *next(iter(measured.values()))]
+    report(title, columns, [[name, *row.values()] for name, row in measured.items()], path)
+
+
+def matrix_weights(shape: dict[str, int], layers: float | None = None, head: bool = True) -> float:
+    """Weights that a row of a text is multiplied with, two operations each: 12 widths squared a layer, and the head's.
+
+    Args:
+        shape: `hidden_size`, `num_hidden_layers`, `vocab_size`.
+        layers: of them, if not all.
+    """
+    width = shape["hidden_size"]
+    in_layers = 12 * width**2 * (shape["num_hidden_layers"] if layers is None else layers)
+    return in_layers + head * width * shape["vocab_size"]
 
 
 def report(title: str, columns: list[str], rows: list[list[Any]], json_path: Path | None, **extra: Any) -> None:

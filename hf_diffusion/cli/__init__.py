@@ -11,6 +11,7 @@ COMMANDS = {
     "generate": "text from a model, by any strategy",
     "train": "train a model on text",
     "evaluate": "the likelihood of a text, or tasks of lm-eval",
+    "frontier": "how good drawn texts are, by temperature and number of passes",
     "convert": "turn a checkpoint of another implementation into a folder that from_pretrained loads",
     "export": "write a model with the code that it needs where this package is not installed, and upload it",
 }

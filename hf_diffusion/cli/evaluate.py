@@ -25,10 +25,18 @@ OF_TASKS = ("include_path", "limit", "num_fewshot", "gen_kwargs")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `load_model` reads."""
     parser.add_argument(
         "model", nargs="?", default=ARMD_SHAKESPEARE, help="folder or Hub name (default: the one in the package)"
     )
+    parser.add_argument("--peft", help="folder or Hub name of an adapter")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as they are saved)")
+    parser.add_argument("--device", default="cpu", help="where the model runs (default: cpu)")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
     parser.add_argument("--text", type=Path, help="a file of plain text in UTF-8, scored as a whole")
     parser.add_argument("--tasks", nargs="+", help="tasks of lm-eval (pip install 'hf-diffusion[eval]')")
     parser.add_argument("--json", type=Path, help="write the results here; what is interrupted goes on from beside it")
@@ -41,9 +49,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             kind, help_text = SETTINGS[name]
             parser.add_argument("--" + name.replace("_", "-"), type=kind, help=help_text)
     parser.add_argument("--learned-order", action=argparse.BooleanOptionalAction, help="see `generate`")
-    parser.add_argument("--peft", help="folder or Hub name of an adapter")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as they are saved)")
-    parser.add_argument("--device", default="cpu", help="where the model runs (default: cpu)")
     group = parser.add_argument_group("with --text only")
     group.add_argument("--window", type=int, help="most tokens that are read together (default: the model's context)")
     group.add_argument("--stride", type=int, help="tokens scored in a window, the rest given (default: all)")
@@ -86,7 +91,7 @@ def _evaluate_text(arguments: argparse.Namespace, settings: dict[str, Any]) -> d
         text = arguments.text.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"`text`={str(arguments.text)!r} is not UTF-8: {error}. Convert it.") from None
-    model, tokenizer = _load(arguments)
+    model, tokenizer = load_model(arguments)
     result = evaluate_text(
         model,
         tokenizer,
@@ -122,7 +127,7 @@ def _evaluate_tasks(arguments: argparse.Namespace, settings: dict[str, Any]) -> 
     manager = TaskManager(include_path=folder, include_defaults=False)
     if not set(arguments.tasks) <= set(manager.all_tasks):
         manager = TaskManager(include_path=folder)  # reads thousands of files
-    model, tokenizer = _load(arguments)
+    model, tokenizer = load_model(arguments)
     lm = DiffusionLM(model, tokenizer=tokenizer, batch_size=arguments.batch_size, seed=arguments.seed, **settings)
     cache = None
     if arguments.json is not None:
@@ -150,7 +155,8 @@ def _evaluate_tasks(arguments: argparse.Namespace, settings: dict[str, Any]) -> 
     return results
 
 
-def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
+def load_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """A model in evaluation mode, where and as the arguments say, and its tokenizer."""
     dtype = "auto" if arguments.dtype is None else getattr(torch, arguments.dtype)
     model: Any = AutoModelForMaskedLM.from_pretrained(arguments.model, dtype=dtype)
     if not isinstance(model, DiffusionGenerationMixin):

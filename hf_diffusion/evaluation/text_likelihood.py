@@ -83,7 +83,8 @@ def evaluate_text(
         batch_size: windows read together. The result does not depend on it but for rounding.
         seed: of the first window's draws; the next one has the next seed.
         parts_file: keeps what is finished, from which an interrupted evaluation goes on. Removed at the end.
-        settings: of `model.score`: strategy, `num_draws`, `estimator`, ...
+        settings: of `model.score`: strategy, `num_draws`, `estimator`, ... A last window of fewer tokens than
+            `num_streams` has as many streams as tokens.
 
     Raises:
         ValueError: for a text without tokens, a window beyond the context, and whatever `score` refuses.
@@ -112,7 +113,8 @@ def evaluate_text(
             batch = torch.stack([tokens[windows[number].start : windows[number].end] for number in numbers])
             labels = batch.clone()
             labels[:, : windows[numbers[0]].scored_from - windows[numbers[0]].start] = -100
-            scored = model.score(batch, labels=labels, seed=[seed + number for number in numbers], **settings)
+            seeds, num_scored = [seed + number for number in numbers], int((labels[0] != -100).sum())
+            scored = model.score(batch, labels=labels, seed=seeds, **_settings_for(num_scored, settings))
             for row, number in enumerate(numbers):
                 error = 0.0 if scored.standard_error is None else float(scored.standard_error[row])
                 part = {
@@ -172,6 +174,12 @@ def _batches(windows: list[Window], finished: dict[int, Any], batch_size: int) -
         shape = of_window
     if batch:
         yield batch
+
+
+def _settings_for(num_tokens: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """What is left at the end of a text may be shorter than streams are many."""
+    num_streams = settings.get("num_streams")
+    return settings if num_streams is None else {**settings, "num_streams": min(num_streams, num_tokens)}
 
 
 def _exp(value: float) -> float:

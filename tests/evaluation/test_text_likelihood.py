@@ -128,6 +128,15 @@ def test_a_uniform_model_has_the_perplexity_of_its_vocabulary(stride):
         assert figures["bits_per_byte"]["value"] == pytest.approx(math.log2(11))
 
 
+def test_what_is_left_at_the_end_has_as_many_streams_as_tokens(armd, tokenizer):
+    ids = tokenizer(TEXT)["input_ids"][:19]
+    settings = {"strategy": "strided", "num_streams": 4}
+    result = evaluate_text(armd, tokenizer, tokenizer.decode(ids), window=8, **settings)
+    whole, rest = torch.tensor(ids[:16]).view(2, 8), torch.tensor([ids[16:]])
+    expected = float(armd.score(whole, **settings).log_likelihood.sum() + armd.score(rest).log_likelihood.sum())
+    assert result.log_likelihood == pytest.approx(expected, abs=1e-9)
+
+
 def test_one_token_is_scored_and_what_the_tokenizer_cannot_spell_is_counted():
     assert evaluate_text(tiny(), Letters(), "a").num_tokens == 1
     assert evaluate_text(tiny(), Letters(), "a-b!").num_unknown_tokens == 2

@@ -324,6 +324,34 @@ def test_a_uniform_model_scores_log_v_with_every_strategy(name, family):
         assert not model.score(ids).is_exact
 
 
+@pytest.mark.parametrize(
+    ("name", "estimator"),
+    [
+        ("armd", "orders"),
+        *[(name, estimator) for name in ("mdlm", "mdlm_blocks") for estimator in ("number_of_masks", "orders")],
+        *[("lomdm", estimator) for estimator in ("jump_chain_without_timing", "jump_chain", "mask_fraction")],
+        *[("lomdm", estimator) for estimator in ("power_time", "uniform_time", "orders")],
+    ],
+)
+def test_a_uniform_model_scores_log_v_by_every_estimator(name, estimator):
+    model = FAMILIES[name].model(torch.float64)
+    for weight in model.lm_head.parameters():
+        weight.data.zero_()
+    if model.learns_order:
+        for head in (model.forward_scheduler, model.reverse_scheduler):
+            head.out_proj.weight.data.zero_()
+    ids = torch.randint(22, (200, 9))
+    settings = {"strategy": "semi_autoregressive", "block_strategy": "first_hitting"} if name == "mdlm_blocks" else {}
+    settings = settings or {"strategy": "first_hitting"}
+    scored = model.score(ids, estimator=estimator, num_draws=4, seed=2, **settings)
+    num_predicted = int(model(ids[:1]).logits.isfinite().sum(-1).max())
+    excess = scored.log_likelihood + 9 * math.log(num_predicted)
+    # Those that draw times reveal a drawn number of tokens in a draw; the others all of them.
+    assert abs(float(excess.mean())) <= 4 * float(excess.std()) / 200**0.5 + 1e-6
+    if estimator not in ("mask_fraction", "power_time", "uniform_time"):
+        assert float(excess.abs().max()) < 1e-6
+
+
 @pytest.mark.parametrize(("name", "family"), FAMILIES.items())
 @pytest.mark.parametrize("side", ["left", "right", "inside"])
 def test_a_text_scores_the_same_alone_and_padded_in_a_batch(name, family, side):

@@ -1,0 +1,140 @@
+"""Quality against diversity and passes: the same model drawn from with several temperatures and numbers of passes."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .judge import Judge
+from .samples import SampleQuality, measure_samples
+
+
+@dataclass(frozen=True)
+class DrawnTexts:
+    """
+    Attributes:
+        token_ids: the tokens of every text up to its end, the end token among them.
+        nfe: passes that a text took part in, on average.
+        tokens_per_second: of the whole batch, tokens after an end not counted.
+    """
+
+    token_ids: list[list[int]]
+    nfe: float
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class FrontierPoint:
+    """
+    Attributes:
+        series: points of one series are joined in pictures.
+        temperature: of sampling.
+    """
+
+    series: str
+    temperature: float
+    nfe: float
+    tokens_per_second: float
+    quality: SampleQuality
+
+
+def draw_texts(
+    model: Any,
+    num_texts: int,
+    length: int,
+    seed: int = 0,
+    batch_size: int = 16,
+    clock: Callable[[], float] = time.perf_counter,
+    **settings: Any,
+) -> DrawnTexts:
+    """Texts from nothing.
+
+    Args:
+        model: one of this package's.
+        length: most tokens of a text.
+        seed: of the first text; the next one has the next seed.
+        clock: `time.process_time` for what runs in one thread beside other processes.
+        settings: of `generate`.
+    """
+    token_ids: list[list[int]] = []
+    passes, seconds = 0.0, 0.0
+    for start in range(0, num_texts, batch_size):
+        size = min(batch_size, num_texts - start)
+        nothing = torch.empty(size, 0, dtype=torch.long, device=model.device)
+        started = clock()
+        output = model.generate(
+            nothing,
+            max_new_tokens=length,
+            seed=[seed + start + row for row in range(size)],
+            return_dict_in_generate=True,
+            **settings,
+        )
+        seconds += clock() - started
+        drawn = output.steps >= 0
+        token_ids += [row[is_drawn].tolist() for row, is_drawn in zip(output.sequences, drawn, strict=True)]
+        passes += float((drawn.sum(dim=1) / output.tokens_per_forward).sum())
+    return DrawnTexts(token_ids, passes / num_texts, sum(map(len, token_ids)) / seconds)
+
+
+def judge_drawn(
+    series: str,
+    temperature: float,
+    drawn: DrawnTexts,
+    tokenizer: Any,
+    judge: Judge,
+    reference_texts: Sequence[str] | None = None,
+) -> FrontierPoint:
+    """
+    Args:
+        tokenizer: of the model that has drawn. End tokens and others that are no text are left out for the judge.
+        reference_texts: see `measure_samples`.
+    """
+    texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in drawn.token_ids]
+    quality = measure_samples(drawn.token_ids, texts, judge, reference_texts)
+    return FrontierPoint(series, temperature, drawn.nfe, drawn.tokens_per_second, quality)
+
+
+def reference_pieces(tokenizer: Any, text: str, length: int, number: int) -> list[str]:
+    """`number` pieces of `length` tokens, spread evenly over a text, for `judge_drawn`.
+
+    Raises:
+        ValueError: for a text of fewer tokens.
+    """
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    if len(ids) < length + number - 1:
+        raise ValueError(f"`text` has {len(ids)} tokens, too few for {number} different pieces of {length}.")
+    starts = torch.linspace(0, len(ids) - length, number).long().tolist()
+    return [tokenizer.decode(ids[start : start + length]) for start in starts]
+
+
+def plot_frontier(points: Sequence[FrontierPoint], path: Path, num_passes_at: float = 1.0) -> None:
+    """Draw perplexity under the judge over entropy, and over passes, into a picture of the format that `path` names.
+
+    Args:
+        num_passes_at: temperature of the points in the second half.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    by_entropy, by_passes = figure.subplots(1, 2, sharey=True)
+    names = list(dict.fromkeys(point.series for point in points))
+    for number, name in enumerate(names):
+        series = sorted((point for point in points if point.series == name), key=lambda point: point.temperature)
+        style: dict[str, Any] = {"color": f"C{number % 10}", "marker": "os^Dv<>"[number // 10 % 7], "markersize": 4}
+        entropies = [point.quality.unigram_entropy for point in series]
+        by_entropy.plot(entropies, [p.quality.generative_perplexity for p in series], label=name, **style)
+        chosen = [point for point in series if point.temperature == num_passes_at]
+        by_passes.plot([p.nfe for p in chosen], [p.quality.generative_perplexity for p in chosen], **style)
+    by_entropy.set_xlabel("unigram entropy of a text (nats)")
+    by_entropy.set_ylabel("generative perplexity (judge's tokens)")
+    by_entropy.set_yscale("log")
+    by_passes.set_xlabel(f"passes for a text, at temperature {num_passes_at:g}")
+    by_passes.set_xscale("log")
+    figure.legend(*by_entropy.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+__all__ = ["DrawnTexts", "FrontierPoint", "draw_texts", "judge_drawn", "plot_frontier", "reference_pieces"]

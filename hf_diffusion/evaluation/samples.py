@@ -1,0 +1,100 @@
+"""How good drawn texts are. No number here means much alone: a text of one word repeated has a low perplexity."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .judge import Judge
+
+
+DISTINCT = (1, 2, 3)
+
+
+@dataclass(frozen=True)
+class SampleQuality:
+    """
+    Attributes:
+        generative_perplexity: exp of the judge's mean negative log-likelihood per token, over the tokens of all texts;
+            in the judge's tokens, the first of every text left out.
+        num_judged_tokens: how many these are.
+        unigram_entropy: mean over texts of the entropy of a text's own token counts, in nats; log(length) at most.
+        distinct: by n, the share of different n-grams among all n-grams of all texts; None where texts are shorter.
+        mauve: between the texts and others (arXiv 2102.01454), in the judge's features: from 0 to 1, the same law. None
+            without other texts. It depends on their number, so compare it at equal numbers only.
+        num_texts: of the drawn ones.
+    """
+
+    generative_perplexity: float
+    num_judged_tokens: int
+    unigram_entropy: float
+    distinct: dict[int, float | None]
+    mauve: float | None
+    num_texts: int
+
+
+def measure_samples(
+    token_ids: Sequence[Sequence[int]],
+    texts: Sequence[str],
+    judge: Judge,
+    reference_texts: Sequence[str] | None = None,
+) -> SampleQuality:
+    """
+    Args:
+        token_ids: the tokens of every text, up to its end and without padding.
+        texts: the same as the judge reads them.
+        judge: gives perplexity and features.
+        reference_texts: written by people, of about the same length; as many as there are texts, best of all.
+
+    Raises:
+        ValueError: for texts that cannot be measured: none, empty ones, only such as have one of the judge's tokens.
+    """
+    if len(token_ids) != len(texts):
+        raise ValueError(f"`token_ids` has {len(token_ids)} texts and `texts` {len(texts)}: they must be the same.")
+    judged = judge.read(texts)
+    num_judged = int(judged.num_tokens.sum())
+    if num_judged == 0:
+        raise ValueError("`texts` have one token each, which the judge has nothing to predict from.")
+    others = None if reference_texts is None else judge.read(reference_texts).features
+    return SampleQuality(
+        generative_perplexity=math.exp(float(judged.nats.sum()) / num_judged),
+        num_judged_tokens=num_judged,
+        unigram_entropy=sum(map(unigram_entropy, token_ids)) / len(token_ids),
+        distinct={n: distinct_n_grams(token_ids, n) for n in DISTINCT},
+        mauve=None if others is None else mauve(judged.features, others),
+        num_texts=len(texts),
+    )
+
+
+def unigram_entropy(tokens: Sequence[int]) -> float:
+    """Entropy in nats of the counts of a text's tokens."""
+    if not tokens:
+        raise ValueError("`tokens` is empty: it has no entropy.")
+    counts = torch.tensor(list(Counter(tokens).values()), dtype=torch.float64)
+    return float(torch.special.entr(counts / counts.sum()).sum())
+
+
+def distinct_n_grams(texts: Sequence[Sequence[int]], n: int) -> float | None:
+    """Different n-grams divided by all n-grams, those of all texts together; None if no text has any."""
+    grams = [tuple(text[start : start + n]) for text in texts for start in range(len(text) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else None
+
+
+def mauve(features: torch.Tensor, other_features: torch.Tensor) -> float:
+    """MAUVE by its authors' library, with its defaults.
+
+    Args:
+        features, other_features: float [texts, size], of drawn and of other texts.
+    """
+    try:
+        from mauve import compute_mauve
+    except ImportError as error:
+        raise ImportError(f"`mauve` needs its authors' library: pip install 'hf-diffusion[mauve]'. ({error})") from None
+    result: Any = compute_mauve(p_features=features.numpy(), q_features=other_features.numpy(), verbose=False)
+    return float(result.mauve)
+
+
+__all__ = ["SampleQuality", "distinct_n_grams", "mauve", "measure_samples", "unigram_entropy"]
