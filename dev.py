@@ -41,7 +41,9 @@ def step(message: str, *command: str | Path, cwd: Path = ROOT, env: Mapping[str,
 
 
 def pip_install(python: Path, message: str, *args: str | Path) -> None:
-    step(message, python, "-m", "pip", "--disable-pip-version-check", "install", "-qq", "-c", CONSTRAINTS, *args)
+    # Most of what is installed is never imported: what is, Python compiles by itself.
+    options = ("--disable-pip-version-check", "install", "-qq", "--no-compile", "-c", CONSTRAINTS)
+    step(message, python, "-m", "pip", *options, *args)
 
 
 def files_below(folder: Path) -> list[Path]:
@@ -116,7 +118,7 @@ def oldest_transformers(python: Path) -> Path:
     if not folder.is_dir():
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
             target = Path(temporary) / "packages"
-            options = ("install", "-qq", "--no-deps", "--target", target)
+            options = ("install", "-qq", "--no-compile", "--no-deps", "--target", target)
             step(f"installing transformers {found[1]}", python, "-m", "pip", *options, f"transformers=={found[1]}")
             target.rename(folder)
     return folder

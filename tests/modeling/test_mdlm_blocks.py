@@ -295,7 +295,7 @@ class TestObjective:
         for checkpointing in (False, True):
             model, ids = tiny(block_size=3).train(), text(3, 9)
             if checkpointing:
-                model.activation_checkpointing_enable()
+                model.gradient_checkpointing_enable()
             model(ids, labels=ids, generator=torch.Generator().manual_seed(4)).loss.backward()
             gradients.append([weight.grad for weight in model.parameters()])
         assert all(bool(gradient.any()) for gradient in gradients[0])

@@ -214,6 +214,6 @@ def test_a_cache_that_could_not_be_exact_is_refused():
             tiny(block_size=3)(ids, labels=ids, **arguments)
     assert tiny()(ids, query_positions=queries, use_cache=False).past_key_values is None
     model = tiny(block_size=3).train()
-    model.activation_checkpointing_enable()
+    model.gradient_checkpointing_enable()
     with pytest.raises(ValueError, match="does not go with gradient checkpointing"):
         model(ids, query_positions=queries, use_cache=True)
