@@ -6,6 +6,7 @@ Everything here but `check_finite` reads file headers only, and only after somet
 
 import json
 import os
+import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,12 +22,17 @@ SUMMABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @contextmanager
 def name_damaged_file(source: str | os.PathLike, options: dict[str, Any]) -> Iterator[None]:
-    """Say which safetensors file, or index of them, is lacking or cannot be read, and which tensors that costs."""
+    """Say which file of weights, or index of them, is lacking or cannot be read, and which tensors that costs."""
     try:
         yield
-    except (FileNotFoundError, SafetensorError, json.JSONDecodeError) as error:
-        if isinstance(error, FileNotFoundError) and not os.path.isdir(source):
+    except (OSError, EOFError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
+        if isinstance(error, OSError) and not os.path.isdir(source):
             raise  # the Hub's own errors say what could not be fetched
+        for path in sorted(_folder(source, options).glob("pytorch_model*.bin")):
+            if not zipfile.is_zipfile(path):  # whose directory stands at its end
+                raise ValueError(f"`{path}` is damaged or cut off ({error}). Fetch it again.") from error
+        if isinstance(error, EOFError | RuntimeError):
+            raise
         shards = _shards(source, options)
         for path in sorted({*_files(source, options), *shards.values()}):
             if not path.is_file():

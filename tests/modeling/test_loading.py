@@ -253,6 +253,15 @@ class TestDamaged:
         last = max(header, key=lambda name: header[name]["data_offsets"])
         self.refused(folder, path, f"`{last}` cannot be read")
 
+    @pytest.mark.parametrize("kept", [0, 500, -40])
+    def test_file_of_pytorch_that_is_cut_off(self, folder, kept):
+        path = folder / "pytorch_model.bin"
+        torch.save(load_file(folder / "model.safetensors"), path)
+        (folder / "model.safetensors").unlink()
+        AutoModel.from_pretrained(folder)
+        path.write_bytes(path.read_bytes()[:kept])
+        self.refused(folder, path)
+
     def test_no_weights(self, folder):
         (folder / "model.safetensors").unlink()
         self.refused(folder, "model.safetensors", error=OSError)
