@@ -200,7 +200,7 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(text, tmp_p
     ("given", "message"),
     [
         (["--steps", "0"], "`steps` must be at least 1"),
-        (["--family", "gpt"], "`family` must be one of armd, mdlm, lomdm, llama, got 'gpt'"),
+        (["--family", "gpt"], "`family` must be one of armd, mdlm, lomdm, llama, causal_streams, got 'gpt'"),
         (["--max-shuffled", "0"], "`max_shuffled` must be at least 1"),
         (["--validation-fraction", "1"], "`validation_fraction` must be between 0 and 1"),
         (["--text", "nowhere.txt"], "'nowhere.txt' is not a file"),
