@@ -22,6 +22,12 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONGEST.isdisjoint(item.path.parts))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def fresh_compiler():
+    """torch.compile gives a function up that it has compiled too often, whichever file asked for it."""
+    torch.compiler.reset()
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
