@@ -128,8 +128,7 @@ def test(args: list[str], oldest: bool = False) -> None:
     python = editable_install("test")
     env = {**os.environ, "PYTHONPATH": str(oldest_transformers(python))} if oldest else None
     step("fetching transformers' own tests", python, "tests/transformers_tests.py", env=env)
-    options = ("-n", "auto", "--dist", "loadfile", "--no-loadscope-reorder")
-    step("running pytest", python, "-m", "pytest", *options, *args, env=env)
+    step("running pytest", python, "-m", "pytest", "-n", "auto", "--dist", "loadfile", *args, env=env)
 
 
 def lint() -> None:

@@ -14,12 +14,10 @@ import torch
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
-LONGEST = {"training", "hub", "test_examples.py", "test_families.py", "test_fields.py", "test_transformers_suite.py"}
-"""Folders and files to begin with, so that two processes end at the same time."""
-
-
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: LONGEST.isdisjoint(item.path.parts))
+@pytest.fixture(autouse=True, scope="module")
+def fresh_compiler():
+    """torch.compile gives a function up that it has compiled too often, whichever file asked for it."""
+    torch.compiler.reset()
 
 
 @pytest.fixture(autouse=True)
