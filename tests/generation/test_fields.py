@@ -334,6 +334,7 @@ def test_a_field_has_its_effect_or_raises(field, name, strategy):
 
 
 STRATEGY_VALUES = {
+    "heads": "staggered",
     "num_streams": 2,
     "block_length": 4,
     "block_strategy": "spread",
