@@ -6,6 +6,7 @@ from .order_bound import jump_chain_terms
 from .plackett_luce import next_pick_entropy
 
 
+@torch.compiler.disable  # of how many positions depends on values, and nothing is gained
 def diagnostics(
     log_probs: torch.Tensor,
     exponents: torch.Tensor,

@@ -38,6 +38,7 @@ class OrderMasks(NamedTuple):
     t: torch.Tensor | None
 
 
+@torch.compiler.disable  # draws at random, and checks values
 def draw_masks(
     exponents: torch.Tensor,
     eligible: torch.Tensor,

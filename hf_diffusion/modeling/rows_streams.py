@@ -70,6 +70,7 @@ class Text:
     block: torch.Tensor
 
 
+@torch.compiler.disable  # how many rows there are depends on values
 def plan_rows(
     masked: torch.Tensor,
     real: torch.Tensor | None,

@@ -40,8 +40,10 @@ class SchedulerHead(nn.Module):
         Returns:
             Exponents [batch, length], greater than 0, in float32 or wider; `c1` on average over a text (eq. 4).
         """
-        # It asks for a gradient that nobody reads, as reentrant checkpointing has none for the layer otherwise.
-        hidden_states = hidden_states.detach().requires_grad_(torch.is_grad_enabled())
+        hidden_states = hidden_states.detach()
+        if self.layer.gradient_checkpointing:
+            # It asks for a gradient that nobody reads, as reentrant checkpointing has none for the layer otherwise.
+            hidden_states.requires_grad_(torch.is_grad_enabled())
         states = self.layer(hidden_states, attention_mask, rotary)
         scores = self.out_proj(self.act_fn(self.in_proj(self.norm(states))))[..., 0]
         # In full precision also under autocast: small differences of exponents are large ones of small times.
