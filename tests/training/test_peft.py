@@ -79,12 +79,14 @@ class TestDefaultTargets:
         names = ("armd", "mdlm", "lomdm", "mdlm_ar", "causal_streams")
         assert stated == {name: set(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[name]) for name in names}
 
+    @pytest.mark.slow  # a process of its own
     def test_are_told_to_peft_when_it_is_imported(self):
         code = "import sys; import hf_diffusion; hf_diffusion.register_lora_targets(); print('peft' in sys.modules);"
         code += TABLE + "print([sorted(table[name]) for name in ('armd', 'mdlm', 'lomdm', 'mdlm_ar')]);"
         code += "print(any('hf_diffusion' in type(finder).__module__ for finder in sys.meta_path))"
         assert run(code) == f"False\n{[sorted(LINEAR_LAYERS)] * 4}\nFalse\n"
 
+    @pytest.mark.slow  # a process of its own
     def test_are_told_to_peft_if_it_is_there_already_and_what_the_user_has_chosen_stays(self):
         code = f"import peft; {TABLE} table['armd'] = ['q_proj']; import hf_diffusion; "
         code += "print(table['armd'], 'mdlm' in table)"
