@@ -44,11 +44,18 @@ def draw_autoregressively(
     """By transformers' own `generate`, with its cache, from the start token."""
     token_ids, seconds = [], 0.0
     torch.manual_seed(0)
-    for _ in range(num_texts // batch_size):
-        start = torch.full((batch_size, 1), scorer.config.eos_token_id, device=scorer.model.device)
+    for first in range(0, num_texts, batch_size):
+        size = min(batch_size, num_texts - first)
+        start = torch.full((size, 1), scorer.config.eos_token_id, device=scorer.model.device)
         started = clock()
         drawn = scorer.model.generate(
-            start, max_new_tokens=length, do_sample=True, top_k=0, temperature=temperature, eos_token_id=None
+            start,
+            attention_mask=torch.ones_like(start),  # else `generate` takes the start for padding, and hides it
+            max_new_tokens=length,
+            do_sample=True,
+            top_k=0,
+            temperature=temperature,
+            eos_token_id=None,
         )
         seconds += clock() - started
         token_ids += drawn[:, 1:].tolist()
