@@ -68,6 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
         "series": series_of(arguments),
         **{name: getattr(arguments, name) for name in ("num_texts", "temperatures", "seed")},
     }
+    judged = None if references is None else judge.read(references)
     parts_file = None if arguments.json is None else arguments.json.with_name(arguments.json.name + ".parts")
     finished = FinishedParts(parts_file, settings)
     wanted = [(name, fields, t) for name, fields in series_of(arguments).items() for t in arguments.temperatures]
@@ -76,7 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
             continue
         fields = {"temperature": temperature, **fields}
         drawn = draw_texts(model, arguments.num_texts, length, arguments.seed, arguments.batch_size, **fields)
-        finished.add(number, asdict(judge_drawn(name, temperature, drawn, tokenizer, judge, references)))
+        finished.add(number, asdict(judge_drawn(name, temperature, drawn, tokenizer, judge, judged)))
     points = [point_of(finished.parts[number]) for number in range(len(wanted))]
     print_table(points)
     if arguments.picture is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .judge import Judge
+from .judge import Judge, JudgedTexts
 from .samples import SampleQuality, measure_samples
 
 
@@ -72,11 +72,18 @@ def draw_texts(
             return_dict_in_generate=True,
             **settings,
         )
-        seconds += clock() - started
+        seconds += time_when_done(model.device, clock) - started
         drawn = output.steps >= 0
         token_ids += [row[is_drawn].tolist() for row, is_drawn in zip(output.sequences, drawn, strict=True)]
         passes += float((drawn.sum(dim=1) / output.tokens_per_forward).sum())
     return DrawnTexts(token_ids, passes / num_texts, sum(map(len, token_ids)) / seconds)
+
+
+def time_when_done(device: torch.device, clock: Callable[[], float]) -> float:
+    """What `clock` says once `device` has done all that it was given; an accelerator works on after a call returns."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return clock()
 
 
 def judge_drawn(
@@ -85,20 +92,20 @@ def judge_drawn(
     drawn: DrawnTexts,
     tokenizer: Any,
     judge: Judge,
-    reference_texts: Sequence[str] | None = None,
+    references: JudgedTexts | None = None,
 ) -> FrontierPoint:
     """
     Args:
         tokenizer: of the model that has drawn. End tokens and others that are no text are left out for the judge.
-        reference_texts: see `measure_samples`.
+        references: see `measure_samples`.
     """
     texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in drawn.token_ids]
-    quality = measure_samples(drawn.token_ids, texts, judge, reference_texts)
+    quality = measure_samples(drawn.token_ids, texts, judge, references)
     return FrontierPoint(series, temperature, drawn.nfe, drawn.tokens_per_second, quality)
 
 
 def reference_pieces(tokenizer: Any, text: str, length: int, number: int) -> list[str]:
-    """`number` pieces of `length` tokens, spread evenly over a text, for `judge_drawn`.
+    """`number` pieces of `length` tokens, spread evenly over a text, for a judge to read.
 
     Raises:
         ValueError: for a text of fewer tokens.
