@@ -117,31 +117,64 @@ def reference_pieces(tokenizer: Any, text: str, length: int, number: int) -> lis
     return [tokenizer.decode(ids[start : start + length]) for start in starts]
 
 
+def check_picture(path: Path) -> None:
+    """Whether `plot_frontier` can draw into `path`, before there is anything to draw.
+
+    Raises:
+        ValueError: for a format that matplotlib does not write.
+        ImportError: without matplotlib.
+    """
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError as error:
+        raise ImportError(f"A picture needs matplotlib: pip install 'hf-diffusion[train]'. ({error})") from None
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.lower().removeprefix(".") not in formats:
+        raise ValueError(f"`picture`={str(path)!r} has no ending that tells its format. Take one of {sorted(formats)}.")
+
+
 def plot_frontier(points: Sequence[FrontierPoint], path: Path, num_passes_at: float = 1.0) -> None:
-    """Draw perplexity under the judge over entropy, and over passes, into a picture of the format that `path` names.
+    """Draw perplexity under the judge over entropy, and both over passes, into a picture of the format `path` names.
+
+    Points without perplexity are left out.
 
     Args:
-        num_passes_at: temperature of the points in the second half.
+        num_passes_at: temperature of the points that are drawn over passes.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
-    by_entropy, by_passes = figure.subplots(1, 2, sharey=True)
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    axes = figure.subplot_mosaic([["frontier", "perplexity"], ["frontier", "entropy"]])
+    points = [point for point in points if point.quality.generative_perplexity is not None]
     names = list(dict.fromkeys(point.series for point in points))
     for number, name in enumerate(names):
         series = sorted((point for point in points if point.series == name), key=lambda point: point.temperature)
         style: dict[str, Any] = {"color": f"C{number % 10}", "marker": "os^Dv<>"[number // 10 % 7], "markersize": 4}
         entropies = [point.quality.unigram_entropy for point in series]
-        by_entropy.plot(entropies, [p.quality.generative_perplexity for p in series], label=name, **style)
+        axes["frontier"].plot(entropies, [p.quality.generative_perplexity for p in series], label=name, **style)
         chosen = [point for point in series if point.temperature == num_passes_at]
-        by_passes.plot([p.nfe for p in chosen], [p.quality.generative_perplexity for p in chosen], **style)
-    by_entropy.set_xlabel("unigram entropy of a text (nats)")
-    by_entropy.set_ylabel("generative perplexity (judge's tokens)")
-    by_entropy.set_yscale("log")
-    by_passes.set_xlabel(f"passes for a text, at temperature {num_passes_at:g}")
-    by_passes.set_xscale("log")
-    figure.legend(*by_entropy.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+        passes = [point.nfe for point in chosen]
+        axes["perplexity"].plot(passes, [p.quality.generative_perplexity for p in chosen], **style)
+        axes["entropy"].plot(passes, [p.quality.unigram_entropy for p in chosen], **style)
+    axes["frontier"].set_xlabel("unigram entropy of a text (nats)")
+    for panel in ("frontier", "perplexity"):
+        axes[panel].set_ylabel("generative perplexity (judge's tokens)")
+        axes[panel].set_yscale("log")
+    axes["entropy"].set_ylabel("unigram entropy (nats)")
+    axes["entropy"].set_xlabel(f"passes for a text, at temperature {num_passes_at:g}")
+    axes["entropy"].sharex(axes["perplexity"])
+    axes["entropy"].set_xscale("log")
+    figure.legend(*axes["frontier"].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=120)
 
 
-__all__ = ["DrawnTexts", "FrontierPoint", "draw_texts", "judge_drawn", "plot_frontier", "reference_pieces"]
+__all__ = [
+    "DrawnTexts",
+    "FrontierPoint",
+    "check_picture",
+    "draw_texts",
+    "judge_drawn",
+    "plot_frontier",
+    "reference_pieces",
+    "time_when_done",
+]

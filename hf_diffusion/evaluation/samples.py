@@ -89,18 +89,25 @@ def distinct_n_grams(texts: Sequence[Sequence[int]], n: int) -> float | None:
     return len(set(grams)) / len(grams) if grams else None
 
 
+def check_mauve() -> None:
+    """Raise ImportError where the library of MAUVE's authors is not installed, before there is anything to measure."""
+    try:
+        import mauve  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"MAUVE needs its authors' library: pip install 'hf-diffusion[mauve]'. ({error})") from None
+
+
 def mauve(features: torch.Tensor, other_features: torch.Tensor) -> float:
     """MAUVE by its authors' library, with its defaults.
 
     Args:
         features, other_features: float [texts, size], of drawn and of other texts.
     """
-    try:
-        from mauve import compute_mauve
-    except ImportError as error:
-        raise ImportError(f"`mauve` needs its authors' library: pip install 'hf-diffusion[mauve]'. ({error})") from None
+    check_mauve()
+    from mauve import compute_mauve
+
     result: Any = compute_mauve(p_features=features.numpy(), q_features=other_features.numpy(), verbose=False)
     return float(result.mauve)
 
 
-__all__ = ["SampleQuality", "distinct_n_grams", "mauve", "measure_samples", "unigram_entropy"]
+__all__ = ["SampleQuality", "check_mauve", "distinct_n_grams", "mauve", "measure_samples", "unigram_entropy"]

@@ -211,4 +211,8 @@ class TestDrawnTexts:
         assert isinstance(points[0].quality, SampleQuality)
         assert points[0].quality.unigram_entropy < points[1].quality.unigram_entropy
         plot_frontier(points, tmp_path / "frontier.svg")
-        assert "left to right" in (tmp_path / "frontier.svg").read_text()
+        drawn = (tmp_path / "frontier.svg").read_text()
+        # Perplexity never stands without entropy: over it, and both over passes.
+        assert drawn.count("<!-- generative perplexity (judge's tokens) -->") == 2
+        assert drawn.count("<!-- unigram entropy") == 2
+        assert "left to right" in drawn
