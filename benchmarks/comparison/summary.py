@@ -82,9 +82,7 @@ def perplexities(results: dict[str, Any], preset: Preset) -> str:
     of_text = ["perplexity", "per word", "bits per byte"]
     columns = ["model", "seeds", "parameters", "tokens read", "what it is", "validation, nats per token", *of_text]
     columns += ["test, nats per token", *of_text, "the paper's perplexity"]
-    note = (
-        "± is the standard deviation over seeds. In brackets: the standard error of a bound from the draws of a seed."
-    )
+    note = "± is the standard deviation over seeds. In brackets: a seed's standard error, of a bound from its draws."
     return markdown("Perplexity", columns, rows, note) if rows else ""
 
 

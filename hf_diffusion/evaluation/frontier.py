@@ -144,18 +144,16 @@ def plot_frontier(points: Sequence[FrontierPoint], path: Path, num_passes_at: fl
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 5), layout="constrained")
-    axes = figure.subplot_mosaic([["frontier", "perplexity"], ["frontier", "entropy"]])
+    axes: dict[str, Any] = figure.subplot_mosaic([["frontier", "perplexity"], ["frontier", "entropy"]])
     points = [point for point in points if point.quality.generative_perplexity is not None]
     names = list(dict.fromkeys(point.series for point in points))
     for number, name in enumerate(names):
         series = sorted((point for point in points if point.series == name), key=lambda point: point.temperature)
         style: dict[str, Any] = {"color": f"C{number % 10}", "marker": "os^Dv<>"[number // 10 % 7], "markersize": 4}
-        entropies = [point.quality.unigram_entropy for point in series]
-        axes["frontier"].plot(entropies, [p.quality.generative_perplexity for p in series], label=name, **style)
+        axes["frontier"].plot(_figures(series, "entropy"), _figures(series, "perplexity"), label=name, **style)
         chosen = [point for point in series if point.temperature == num_passes_at]
-        passes = [point.nfe for point in chosen]
-        axes["perplexity"].plot(passes, [p.quality.generative_perplexity for p in chosen], **style)
-        axes["entropy"].plot(passes, [p.quality.unigram_entropy for p in chosen], **style)
+        for panel in ("perplexity", "entropy"):
+            axes[panel].plot([point.nfe for point in chosen], _figures(chosen, panel), **style)
     axes["frontier"].set_xlabel("unigram entropy of a text (nats)")
     for panel in ("frontier", "perplexity"):
         axes[panel].set_ylabel("generative perplexity (judge's tokens)")
@@ -166,6 +164,11 @@ def plot_frontier(points: Sequence[FrontierPoint], path: Path, num_passes_at: fl
     axes["entropy"].set_xscale("log")
     figure.legend(*axes["frontier"].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=120)
+
+
+def _figures(points: Sequence[FrontierPoint], name: str) -> list[Any]:
+    fields = {"perplexity": "generative_perplexity", "entropy": "unigram_entropy"}
+    return [getattr(point.quality, fields[name]) for point in points]
 
 
 __all__ = [
