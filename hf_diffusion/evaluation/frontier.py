@@ -155,13 +155,15 @@ def plot_frontier(points: Sequence[FrontierPoint], path: Path, num_passes_at: fl
         for panel in ("perplexity", "entropy"):
             axes[panel].plot([point.nfe for point in chosen], _figures(chosen, panel), **style)
     axes["frontier"].set_xlabel("unigram entropy of a text (nats)")
+    axes["frontier"].set_ylabel("generative perplexity (judge's tokens)")
+    axes["perplexity"].set_ylabel("generative perplexity")
     for panel in ("frontier", "perplexity"):
-        axes[panel].set_ylabel("generative perplexity (judge's tokens)")
         axes[panel].set_yscale("log")
     axes["entropy"].set_ylabel("unigram entropy (nats)")
     axes["entropy"].set_xlabel(f"passes for a text, at temperature {num_passes_at:g}")
     axes["entropy"].sharex(axes["perplexity"])
-    axes["entropy"].set_xscale("log")
+    axes["entropy"].set_xscale("log", base=2)
+    axes["entropy"].xaxis.set_major_formatter("{x:g}")
     figure.legend(*axes["frontier"].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=120)
 

@@ -213,6 +213,6 @@ class TestDrawnTexts:
         plot_frontier(points, tmp_path / "frontier.svg")
         drawn = (tmp_path / "frontier.svg").read_text()
         # Perplexity never stands without entropy: over it, and both over passes.
-        assert drawn.count("<!-- generative perplexity (judge's tokens) -->") == 2
+        assert drawn.count("<!-- generative perplexity") == 2
         assert drawn.count("<!-- unigram entropy") == 2
         assert "left to right" in drawn
