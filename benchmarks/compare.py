@@ -11,11 +11,12 @@ results.md, all figures to results.json, and pictures beside them.
 
 import argparse
 import hashlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from comparison.frontier import draw_and_judge, points
+from comparison.frontier import Frontier
 from comparison.models import NAMES, load, make_recipe
 from comparison.parts import check_settings, part
 from comparison.presets import PRESETS, Preset
@@ -26,6 +27,7 @@ from transformers.utils import logging
 
 from hf_diffusion.evaluation import evaluate_text
 from hf_diffusion.training.data import load_text, train_tokenizer
+from hf_diffusion.training.ema import last_complete_checkpoint
 from hf_diffusion.training.run import train
 
 
@@ -65,7 +67,7 @@ class Comparison:
                 validation_text=self.while_training,
                 tokenizer=str(self.tokenizer_folder),
                 output=folder,
-                resume=any(folder.glob("checkpoints/checkpoint-*/ema.safetensors")),
+                resume=last_complete_checkpoint(folder / "checkpoints") is not None,
                 **more,
             )
             return train(recipe)
@@ -107,13 +109,9 @@ class Comparison:
         strided = {f"S={s}": {"strategy": "strided", "num_streams": s} for s in self.preset.num_streams if s > 1}
         return {"left to right": {"strategy": "autoregressive"}, **strided}
 
-    def frontier(self, name: str, seed: int, judge: str) -> dict[str, Any]:
-        def compute() -> dict[str, Any]:
-            model = load(name, self.folder(name, seed), self.device)
-            references = load_text(self.texts["validation"])[0]
-            return draw_and_judge(name, model, self.tokenizer, self.preset, judge, references, self.device)
-
-        return part(self.output / "parts" / f"frontier-{name}-{seed}.json", compute)
+    def frontier(self, judge: str) -> Frontier:
+        reference = load_text(self.texts["validation"])[0]
+        return Frontier(self.output / "parts", self.preset, self.tokenizer, judge, reference, self.device)
 
 
 def main() -> None:
@@ -140,11 +138,16 @@ def main() -> None:
             key = f"{name}-{seed}"
             results[f"train-{key}"] = comparison.train(name, seed)
             results[f"validation-{key}"] = comparison.evaluate(name, seed, "validation")
-    for seed in arguments.seeds:
-        for name in arguments.models:
-            if arguments.judge is not None and points(name, comparison.preset):
-                results[f"frontier-{name}-{seed}"] = comparison.frontier(name, seed, arguments.judge)
-            if arguments.test:
+    if arguments.judge is not None:
+        frontier = comparison.frontier(arguments.judge)
+        results["references"] = frontier.references()
+        for seed in arguments.seeds:
+            for name in arguments.models:
+                load_model = partial(load, name, comparison.folder(name, seed), arguments.device)
+                results[f"frontier-{name}-{seed}"] = list(frontier.points(name, seed, load_model))
+    if arguments.test:
+        for seed in arguments.seeds:
+            for name in arguments.models:
                 results[f"test-{name}-{seed}"] = comparison.evaluate(name, seed, "test")
     results["throughput"] = training_throughput(
         comparison.preset, comparison.tokenizer, arguments.output, arguments.device

@@ -67,7 +67,10 @@ class Decoders:
     @torch.no_grad()
     def generate_gpt2(self, batch_size: int, num_tokens: int) -> None:
         start = torch.zeros(batch_size, 1, dtype=torch.long)
-        self.gpt2.generate(start, max_new_tokens=num_tokens, do_sample=True, top_k=0, pad_token_id=0)
+        nothing_padded = torch.ones_like(start)  # else `generate` takes the first token for padding, and hides it
+        self.gpt2.generate(
+            start, attention_mask=nothing_padded, max_new_tokens=num_tokens, do_sample=True, top_k=0, pad_token_id=0
+        )
 
     @torch.no_grad()
     def tuned(self, batch_size: int, num_tokens: int) -> None:

@@ -50,14 +50,14 @@ def main() -> None:
     )
     references = reference_pieces(tokenizer, held_out, LENGTH, arguments.num_texts)
     ids = [tokenizer(piece)["input_ids"] for piece in references]
-    written = measure_samples(ids, references, judge)
+    written, judged = measure_samples(ids, references, judge), judge.read(references)
     perplexity, entropy = written.generative_perplexity, f"{written.unigram_entropy:.3f}"
     rows = [["held-out text", "", perplexity, entropy, f"{written.distinct[2]:.3f}", "", ""]]
     for num_streams in STREAMS:
         for temperature in TEMPERATURES:
             settings = {"strategy": "strided", "num_streams": num_streams, "temperature": temperature}
             drawn = draw_texts(model, arguments.num_texts, LENGTH, clock=time.process_time, **settings)
-            point = judge_drawn(str(num_streams), temperature, drawn, tokenizer, judge, references)
+            point = judge_drawn(str(num_streams), temperature, drawn, tokenizer, judge, judged)
             quality = point.quality
             row = [num_streams, temperature, quality.generative_perplexity, f"{quality.unigram_entropy:.3f}"]
             rows.append([*row, f"{quality.distinct[2]:.3f}", f"{quality.mauve:.3f}", point.nfe])

@@ -14,10 +14,11 @@ Curve = dict[int, float]
 
 def validation_curve(folder: Path) -> Curve:
     """Validation loss in nats per token by step, of weights as they are then, not averaged; ARMD left to right."""
-    states = sorted(folder.glob("checkpoints/checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
+    states = list(folder.glob("checkpoints/checkpoint-*/trainer_state.json"))
     if not states:
         return {}
-    history = json.loads(states[-1].read_text())["log_history"]
+    last = max(states, key=lambda path: int(path.parent.name.removeprefix("checkpoint-")))
+    history = json.loads(last.read_text())["log_history"]
     names = ("eval_left_to_right_loss", "eval_bound_loss")
     return {entry["step"]: entry[name] for entry in history for name in names if name in entry}
 

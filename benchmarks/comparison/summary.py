@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,11 @@ def write_summary(results: dict[str, Any], preset: Preset, output: Path) -> str:
         results: every part by its name, "train-armd-0" and the like.
     """
     tables = [
-        perplexities(results),
+        perplexities(results, preset),
         strided_orders(results),
         course_of_training(results, preset, output),
         throughput(results),
-        frontier(results, output),
+        frontier(results, preset, output),
     ]
     text = "\n\n".join(table for table in tables if table) + "\n"
     (output / "results.md").write_text(text, encoding="utf-8")
@@ -38,20 +38,31 @@ def of_seeds(results: dict[str, Any], what: str, name: str) -> list[Any]:
     return [part for part in parts if part is not None]
 
 
-def mean_and_spread(values: Sequence[float], digits: int = 2) -> str:
-    """Mean, and the standard deviation over seeds if there are several."""
+def mean_and_spread(values: Sequence[float], digits: int = 2, errors: Sequence[float] = ()) -> str:
+    """Mean, the standard deviation over seeds if there are several, and in brackets a seed's own standard error.
+
+    Args:
+        errors: of every seed's value, which other draws would change; their mean is shown.
+    """
     if not values:
         return ""
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+    text = f"{statistics.fmean(values):.{digits}f}"
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values):.{digits}f}"
+    return f"{text} ({statistics.fmean(errors):.{digits}f})" if errors else text
 
 
-def markdown(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def markdown(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], note: str = "") -> str:
     lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join([f"### {title}", "", *("| " + " | ".join(map(str, line)) + " |" for line in lines)])
+    table = ["| " + " | ".join(map(str, line)) + " |" for line in lines]
+    return "\n".join([f"### {title}", "", *([note, ""] if note else []), *table])
 
 
-def perplexities(results: dict[str, Any]) -> str:
+FIGURES = {"nats_per_token": 3, "perplexity": 2, "word_perplexity": 0, "bits_per_byte": 3}
+"""Of a text, with the digits that are shown."""
+
+
+def perplexities(results: dict[str, Any], preset: Preset) -> str:
     rows = []
     for name in NAMES:
         trained, validated = of_seeds(results, "train", name), of_seeds(results, "validation", name)
@@ -59,30 +70,27 @@ def perplexities(results: dict[str, Any]) -> str:
         for label in validated[0] if validated else ():
             if label.startswith("S=") or label == "environment":
                 continue
-
-            def figures(parts: list[Any], figure: str, label: str = label) -> list[float]:
-                return [part[label]["figures"][figure]["value"] for part in parts]
-
             exact = "exact" if validated[0][label]["is_exact"] else "bound"
-            rows.append(
-                [
-                    NAMES[name],
-                    len(validated),
-                    f"{trained[0]['parameters']:,}",
-                    f"{trained[0]['training_tokens']:,}",
-                    f"{exact}, {label}" if exact not in label else label,
-                    mean_and_spread(figures(validated, "nats_per_token"), 3),
-                    mean_and_spread(figures(validated, "perplexity")),
-                    mean_and_spread(figures(validated, "word_perplexity"), 0),
-                    mean_and_spread(figures(tested, "nats_per_token"), 3),
-                    mean_and_spread(figures(tested, "perplexity")),
-                    mean_and_spread(figures(tested, "word_perplexity"), 0),
-                    papers.PERPLEXITY[name],
-                ]
-            )
-    columns = ["model", "seeds", "parameters", "tokens read", "what it is", "validation, nats per token"]
-    columns += ["perplexity", "per word", "test, nats per token", "perplexity", "per word", "the paper's perplexity"]
-    return markdown("Perplexity", columns, rows) if rows else ""
+            row = [NAMES[name], len(validated), f"{trained[0]['parameters']:,}"]
+            row += [f"{tokens_read(name, trained[0], preset):,}", f"{exact}, {label}" if exact not in label else label]
+            for parts in (validated, tested):
+                for figure, digits in FIGURES.items():
+                    found = [part[label]["figures"][figure] for part in parts]
+                    errors = [seed["standard_error"] for seed in found if "standard_error" in seed]
+                    row.append(mean_and_spread([seed["value"] for seed in found], digits, errors))
+            rows.append([*row, papers.PERPLEXITY[name]])
+    of_text = ["perplexity", "per word", "bits per byte"]
+    columns = ["model", "seeds", "parameters", "tokens read", "what it is", "validation, nats per token", *of_text]
+    columns += ["test, nats per token", *of_text, "the paper's perplexity"]
+    note = "± is the standard deviation over seeds. In brackets: a seed's standard error, of a bound from its draws."
+    return markdown("Perplexity", columns, rows, note) if rows else ""
+
+
+def tokens_read(name: str, trained: dict[str, Any], preset: Preset) -> int:
+    """In training; the strided phase goes on from a model that has read as many as the others."""
+    if name != "armd_strided":
+        return trained["training_tokens"]
+    return trained["training_tokens"] * (preset.shared["steps"] + preset.strided_steps) // preset.strided_steps
 
 
 def strided_orders(results: dict[str, Any]) -> str:
@@ -104,7 +112,7 @@ def strided_orders(results: dict[str, Any]) -> str:
 
 
 def course_of_training(results: dict[str, Any], preset: Preset, output: Path) -> str:
-    """Validation loss of the weights as they are after a third, two thirds and all of the steps."""
+    """Validation loss of the weights as they are at the evaluations nearest to a third, two thirds and all steps."""
     curves = {}
     for name in NAMES:
         folders = (output / f"{name}-{seed}" for seed in results["seeds"] if f"train-{name}-{seed}" in results)
@@ -114,66 +122,91 @@ def course_of_training(results: dict[str, Any], preset: Preset, output: Path) ->
     if not curves:
         return ""
     plot_curves(curves, preset.shared["batch_size"] * preset.shared["text_length"], output / "curves.svg")
-    shares = {"a third": 1 / 3, "two thirds": 2 / 3, "all": 1.0}
+    shares = {"about a third": 1 / 3, "about two thirds": 2 / 3, "all": 1.0}
     rows = []
     for name, found in curves.items():
         mean = mean_curve(found)
         row: list[Any] = [NAMES[name]]
         for share in shares.values():
             nearest = min(mean, key=lambda step: abs(step - share * preset.shared["steps"]))
-            row.append(f"{mean[nearest]:.3f}")
+            row.append(f"{mean[nearest]:.3f} (step {nearest})")
         rows.append([*row, papers.TRAINING.get(name.removesuffix("_paper"), "")])
     columns = ["model", *(f"after {share}" for share in shares), "the paper's steps"]
     return markdown("Validation loss in training, nats per token, weights not averaged", columns, rows)
 
 
 def throughput(results: dict[str, Any]) -> str:
-    speeds = {name: value for name, value in results["throughput"].items() if name in NAMES}
+    speeds = results["throughput"]["tokens_per_second"]
     base = speeds["autoregressive"]
     rows = [[NAMES[name], f"{speed:.0f}", f"{speed / base:.2f}"] for name, speed in speeds.items()]
-    return markdown("Training", ["model", "tokens per CPU second", "of the autoregressive model's"], rows)
+    columns = ["model", tokens_per_second([results["throughput"]]), "of the autoregressive model's"]
+    return markdown("Training", columns, rows)
 
 
-def frontier(results: dict[str, Any], output: Path) -> str:
+def tokens_per_second(parts: Sequence[dict[str, Any]]) -> str:
+    """What the tokens per second of parts are: on a CPU its own time is taken, which other work does not lengthen."""
+    return "tokens per CPU second" if all(part["device"] == "cpu" for part in parts) else "tokens per second"
+
+
+def frontier(results: dict[str, Any], preset: Preset, output: Path) -> str:
     """The mean over seeds of every point."""
     by_point: dict[tuple[str, float], list[dict[str, Any]]] = {}
-    written: dict[str, Any] = {}
     for name in NAMES:
-        for part in of_seeds(results, "frontier", name):
-            written = part["references"]
-            for point in part["points"]:
+        for points in of_seeds(results, "frontier", name):
+            for point in points:
                 by_point.setdefault((point["series"], point["temperature"]), []).append(point)
     if not by_point:
         return ""
-
-    def mean(points: list[dict[str, Any]], read: Callable[[dict[str, Any]], float]) -> float:
-        return statistics.fmean(map(read, points))
-
     rows, drawn = [], []
     for (series, temperature), points in by_point.items():
-        quality = {
-            figure: mean(points, lambda point, figure=figure: point["quality"][figure])  # type: ignore[misc]
-            for figure in ("generative_perplexity", "unigram_entropy", "mauve")
-        }
-        distinct = mean(points, lambda point: point["quality"]["distinct"]["2"])
-        nfe, speed = (mean(points, lambda p, name=name: p[name]) for name in ("nfe", "tokens_per_second"))  # type: ignore[misc]
         of_family = papers.GENERATION.get(series.split(",")[0].lower(), "")
-        paper = papers.GENERATION.get(series.replace("ARMD", "armd"), of_family)
-        cells = [f"{quality['generative_perplexity']:.0f}", f"{quality['unigram_entropy']:.3f}"]
-        cells += [f"{distinct:.3f}", f"{quality['mauve']:.3f}", f"{nfe:.1f}", f"{speed:.0f}"]
-        rows.append([series, temperature, *cells, paper if temperature == 1.0 else ""])
-        of_point = SampleQuality(
-            generative_perplexity=quality["generative_perplexity"],
-            num_judged_tokens=sum(point["quality"]["num_judged_tokens"] for point in points),
-            unigram_entropy=quality["unigram_entropy"],
-            distinct={2: distinct},
-            mauve=quality["mauve"],
-            num_texts=sum(point["quality"]["num_texts"] for point in points),
-        )
-        drawn.append(FrontierPoint(series, temperature, nfe, speed, of_point))
+        paper = papers.GENERATION.get(series.replace("ARMD", "armd"), of_family) if temperature == 1.0 else ""
+        passes, speed = (statistics.fmean(point[name] for point in points) for name in ("nfe", "tokens_per_second"))
+        qualities = [point["quality"] for point in points]
+        rows.append([series, temperature, *of_qualities(qualities), f"{passes:.1f}", f"{speed:.0f}", paper])
+        drawn.append(FrontierPoint(series, temperature, passes, speed, mean_quality(qualities)))
     plot_frontier(drawn, output / "frontier.svg")
-    cells = [f"{written['generative_perplexity']:.0f}", f"{written['unigram_entropy']:.3f}"]
-    rows.append(["the validation text itself", "", *cells, f"{written['distinct']['2']:.3f}", "", "", "", ""])
-    columns = ["model", "temperature", "generative perplexity", "unigram entropy", "distinct 2-grams", "MAUVE"]
-    columns += ["passes", "tokens per CPU second", "the paper's perplexity (entropy)"]
-    return markdown("Generation", columns, rows)
+    references = results["references"]
+    rows.append(["the validation text itself", "", *of_qualities([references["quality"]]), "", "", ""])
+    columns = ["model", "temperature", "generative perplexity", "unigram entropy", "distinct 2-grams", "MAUVE", "empty"]
+    columns += ["passes", tokens_per_second([point for points in by_point.values() for point in points])]
+    columns += ["the paper's perplexity (entropy)"]
+    note = (
+        f"{preset.num_samples} texts of {preset.shared['text_length']} tokens for each point and seed, ± the standard "
+        f"deviation over seeds. MAUVE of so few, from a cluster for every ten texts, tells only large differences."
+    )
+    return markdown(f"Generation, judged by {references['judge']}", columns, rows, note)
+
+
+def of_qualities(qualities: Sequence[dict[str, Any]]) -> list[str]:
+    """Cells of a row; what could not be measured is empty."""
+    digits = {"generative_perplexity": 0, "unigram_entropy": 3, "distinct": 3, "mauve": 2}
+    cells = [mean_and_spread(measured(qualities, figure), digits[figure]) for figure in digits]
+    return [*cells, str(sum(quality["num_empty"] for quality in qualities))]
+
+
+def measured(qualities: Sequence[dict[str, Any]], figure: str) -> list[float]:
+    """Of seeds that have it; of distinct n-grams, pairs."""
+    found = [quality[figure]["2"] if figure == "distinct" else quality[figure] for quality in qualities]
+    return [value for value in found if value is not None]
+
+
+def mean_quality(qualities: Sequence[dict[str, Any]]) -> SampleQuality:
+    """Over seeds; numbers of texts and tokens are sums."""
+
+    def mean(figure: str) -> float | None:
+        values = measured(qualities, figure)
+        return statistics.fmean(values) if values else None
+
+    def total(name: str) -> int:
+        return sum(quality[name] for quality in qualities)
+
+    return SampleQuality(
+        generative_perplexity=mean("generative_perplexity"),
+        num_judged_tokens=total("num_judged_tokens"),
+        unigram_entropy=mean("unigram_entropy"),
+        distinct={2: mean("distinct")},
+        mauve=mean("mauve"),
+        num_texts=total("num_texts"),
+        num_empty=total("num_empty"),
+    )

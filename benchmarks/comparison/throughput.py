@@ -34,6 +34,9 @@ def training_throughput(preset: Preset, tokenizer: Any, output: Path, device: st
 
             cases[name] = step
         seconds = best_seconds(cases, rounds=5, clock=process_time if is_cpu else perf_counter)
-        return {name: texts.numel() / value for name, value in seconds.items()}
+        return {
+            "device": device,
+            "tokens_per_second": {name: texts.numel() / value for name, value in seconds.items()},
+        }
 
-    return part(output / "parts" / "throughput.json", compute)
+    return part(output / "parts" / "training-throughput.json", compute)

@@ -1,6 +1,7 @@
 """`hf-diffusion frontier`: how good a model's texts are, by temperature and number of passes, in a table or picture."""
 
 import argparse
+import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -12,9 +13,9 @@ from transformers.utils import logging
 
 from ..evaluation.environment import environment
 from ..evaluation.finished_parts import FinishedParts
-from ..evaluation.frontier import FrontierPoint, draw_texts, judge_drawn, plot_frontier, reference_pieces
+from ..evaluation.frontier import FrontierPoint, check_picture, draw_texts, judge_drawn, plot_frontier, reference_pieces
 from ..evaluation.judge import Judge
-from ..evaluation.samples import SampleQuality
+from ..evaluation.samples import SampleQuality, check_mauve
 from ..evaluation.text_likelihood import fingerprint
 from .devices import check_device
 from .evaluate import add_model_arguments, load_model
@@ -50,26 +51,36 @@ def run(arguments: argparse.Namespace) -> None:
         path = getattr(arguments, name)
         if path is not None and not path.resolve().parent.is_dir():
             raise ValueError(f"`{name}`={str(path)!r}: there is no such folder. Make it first.")
+        if path is not None and path.is_dir():
+            raise ValueError(f"`{name}`={str(path)!r} is a folder. Name a file in it.")
+    if arguments.picture is not None:
+        check_picture(arguments.picture)
+    if arguments.references is not None:
+        check_mauve()
     model, tokenizer = load_model(arguments)
     length = model.config.max_position_embeddings if arguments.length is None else arguments.length
-    references = None
+    pieces = None
     if arguments.references is not None:
-        references = reference_pieces(
-            tokenizer, arguments.references.read_text(encoding="utf-8"), length, arguments.num_texts
-        )
+        text = arguments.references.read_text(encoding="utf-8")
+        pieces = reference_pieces(tokenizer, text, length, arguments.num_texts)
     judge_model = AutoModelForCausalLM.from_pretrained(arguments.judge).eval().to(arguments.device)
     judge = Judge(judge_model, AutoTokenizer.from_pretrained(arguments.judge), arguments.batch_size)
+    references = None if pieces is None else judge.read(pieces)
 
-    settings: dict[str, Any] = {
-        "model": fingerprint(model),
-        "judge": fingerprint(judge_model),
-        "length": length,
-        "references": references,
+    described: dict[str, Any] = {
+        "model": arguments.model,
+        "model_weights": fingerprint(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "judge": arguments.judge,
+        "judge_weights": fingerprint(judge_model),
+        "references": None if arguments.references is None else str(arguments.references),
+        "reference_pieces": None if pieces is None else hashlib.sha256("\n".join(pieces).encode()).hexdigest(),
         "series": series_of(arguments),
-        **{name: getattr(arguments, name) for name in ("num_texts", "temperatures", "seed")},
+        "length": length,
+        **{name: getattr(arguments, name) for name in ("num_texts", "temperatures", "seed", "device")},
     }
     parts_file = None if arguments.json is None else arguments.json.with_name(arguments.json.name + ".parts")
-    finished = FinishedParts(parts_file, settings)
+    finished = FinishedParts(parts_file, described)
     wanted = [(name, fields, t) for name, fields in series_of(arguments).items() for t in arguments.temperatures]
     for number, (name, fields, temperature) in enumerate(tqdm(wanted, unit="point")):
         if number in finished.parts:
@@ -82,9 +93,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.picture is not None:
         plot_frontier(points, arguments.picture, max(arguments.temperatures))
     if arguments.json is not None:
-        names = ("model", "judge", "seed", "num_texts", "device")
-        described: dict[str, Any] = {name: str(getattr(arguments, name)) for name in names}
-        described |= {"length": length, "points": list(map(asdict, points)), "environment": environment()}
+        described |= {"points": list(map(asdict, points)), "environment": environment()}
         arguments.json.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     finished.remove_file()
 
@@ -109,16 +118,19 @@ def point_of(part: dict[str, Any]) -> FrontierPoint:
 
 
 def print_table(points: list[FrontierPoint]) -> None:
-    print(f"{'':>24}  temp.  gen. perplexity  entropy  distinct 2  MAUVE  passes  tokens/s")
+    print(f"{'':>24}  temp.  gen. perplexity  entropy  distinct 2  MAUVE  passes  tokens/s  empty")
     for point in points:
         quality = point.quality
-        distinct = "" if quality.distinct[2] is None else f"{quality.distinct[2]:.3f}"
-        mauve = "" if quality.mauve is None else f"{quality.mauve:.3f}"
         print(
-            f"{point.series:>24}  {point.temperature:5.2f}  {quality.generative_perplexity:15.1f}  "
-            f"{quality.unigram_entropy:7.3f}  {distinct:>10}  {mauve:>5}  {point.nfe:6.1f}  "
-            f"{point.tokens_per_second:8.1f}"
+            f"{point.series:>24}  {point.temperature:5.2f}  {shown(quality.generative_perplexity, 1):>15}  "
+            f"{shown(quality.unigram_entropy, 3):>7}  {shown(quality.distinct[2], 3):>10}  "
+            f"{shown(quality.mauve, 2):>5}  {point.nfe:6.1f}  {point.tokens_per_second:8.1f}  {quality.num_empty:5}"
         )
+
+
+def shown(value: float | None, digits: int) -> str:
+    """What could not be measured is left empty."""
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 __all__ = ["add_arguments", "run"]

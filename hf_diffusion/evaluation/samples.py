@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .judge import Judge
+from .judge import Judge, JudgedTexts
 
 
 DISTINCT = (1, 2, 3)
@@ -17,55 +17,61 @@ DISTINCT = (1, 2, 3)
 @dataclass(frozen=True)
 class SampleQuality:
     """
+    Texts of which the judge has no token are counted, and left out of everything else: they have neither perplexity nor
+    entropy. What the rest is too short for is None.
+
     Attributes:
         generative_perplexity: exp of the judge's mean negative log-likelihood per token, over the tokens of all texts;
             in the judge's tokens, the first of every text left out.
         num_judged_tokens: how many these are.
         unigram_entropy: mean over texts of the entropy of a text's own token counts, in nats; log(length) at most.
-        distinct: by n, the share of different n-grams among all n-grams of all texts; None where texts are shorter.
+        distinct: by n, the share of different n-grams among all n-grams of all texts.
         mauve: between the texts and others (arXiv 2102.01454), in the judge's features: from 0 to 1, the same law. None
-            without other texts. It depends on their number, so compare it at equal numbers only.
+            without other texts. It is found from a cluster for every ten texts, so it is coarse where there are few;
+            it depends on their number too, so compare it at equal numbers only.
         num_texts: of the drawn ones.
+        num_empty: how many of them are empty.
     """
 
-    generative_perplexity: float
+    generative_perplexity: float | None
     num_judged_tokens: int
-    unigram_entropy: float
+    unigram_entropy: float | None
     distinct: dict[int, float | None]
     mauve: float | None
     num_texts: int
+    num_empty: int
 
 
 def measure_samples(
     token_ids: Sequence[Sequence[int]],
     texts: Sequence[str],
     judge: Judge,
-    reference_texts: Sequence[str] | None = None,
+    references: JudgedTexts | None = None,
 ) -> SampleQuality:
     """
     Args:
         token_ids: the tokens of every text, up to its end and without padding.
         texts: the same as the judge reads them.
         judge: gives perplexity and features.
-        reference_texts: written by people, of about the same length; as many as there are texts, best of all.
+        references: what the same judge has read of texts that people wrote, of about the same length; as many as there
+            are texts, best of all.
 
     Raises:
-        ValueError: for texts that cannot be measured: none, empty ones, only such as have one of the judge's tokens.
+        ValueError: for no texts, or not as many as there are `token_ids`.
     """
     if len(token_ids) != len(texts):
         raise ValueError(f"`token_ids` has {len(token_ids)} texts and `texts` {len(texts)}: they must be the same.")
     judged = judge.read(texts)
     num_judged = int(judged.num_tokens.sum())
-    if num_judged == 0:
-        raise ValueError("`texts` have one token each, which the judge has nothing to predict from.")
-    others = None if reference_texts is None else judge.read(reference_texts).features
+    kept = [tokens for tokens, is_empty in zip(token_ids, judged.is_empty, strict=True) if not is_empty]
     return SampleQuality(
-        generative_perplexity=math.exp(float(judged.nats.sum()) / num_judged),
+        generative_perplexity=math.exp(float(judged.nats.sum()) / num_judged) if num_judged else None,
         num_judged_tokens=num_judged,
-        unigram_entropy=sum(map(unigram_entropy, token_ids)) / len(token_ids),
-        distinct={n: distinct_n_grams(token_ids, n) for n in DISTINCT},
-        mauve=None if others is None else mauve(judged.features, others),
+        unigram_entropy=sum(map(unigram_entropy, kept)) / len(kept) if kept else None,
+        distinct={n: distinct_n_grams(kept, n) for n in DISTINCT},
+        mauve=mauve(judged.features, references.features) if kept and references is not None else None,
         num_texts=len(texts),
+        num_empty=len(texts) - len(kept),
     )
 
 
@@ -83,18 +89,25 @@ def distinct_n_grams(texts: Sequence[Sequence[int]], n: int) -> float | None:
     return len(set(grams)) / len(grams) if grams else None
 
 
+def check_mauve() -> None:
+    """Raise ImportError where the library of MAUVE's authors is not installed, before there is anything to measure."""
+    try:
+        import mauve  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"MAUVE needs its authors' library: pip install 'hf-diffusion[mauve]'. ({error})") from None
+
+
 def mauve(features: torch.Tensor, other_features: torch.Tensor) -> float:
     """MAUVE by its authors' library, with its defaults.
 
     Args:
         features, other_features: float [texts, size], of drawn and of other texts.
     """
-    try:
-        from mauve import compute_mauve
-    except ImportError as error:
-        raise ImportError(f"`mauve` needs its authors' library: pip install 'hf-diffusion[mauve]'. ({error})") from None
+    check_mauve()
+    from mauve import compute_mauve
+
     result: Any = compute_mauve(p_features=features.numpy(), q_features=other_features.numpy(), verbose=False)
     return float(result.mauve)
 
 
-__all__ = ["SampleQuality", "distinct_n_grams", "mauve", "measure_samples", "unigram_entropy"]
+__all__ = ["SampleQuality", "check_mauve", "distinct_n_grams", "mauve", "measure_samples", "unigram_entropy"]

@@ -26,7 +26,7 @@ def train(recipe: TrainingRecipe) -> dict[str, Any]:
     other draws on the same text would have been from these. `estimators` says how each is found, and `nfe` from
     how many network evaluations for each text: one per draw.
     """
-    if not recipe.resume and any(recipe.output.glob("checkpoints/checkpoint-*")):
+    if not recipe.resume and last_complete_checkpoint(recipe.output / "checkpoints") is not None:
         raise ValueError(
             f"`output`={str(recipe.output)!r} holds checkpoints of another run. Continue it with `resume`, or name "
             "another folder."
@@ -105,8 +105,7 @@ def _last_checkpoint(recipe: TrainingRecipe) -> str:
     checkpoint = last_complete_checkpoint(recipe.output / "checkpoints")
     if checkpoint is None:
         raise ValueError(
-            f"`output`={str(recipe.output)!r} holds no complete checkpoint to `resume` from. Leave out `resume`, and "
-            "name another folder if there are incomplete ones."
+            f"`output`={str(recipe.output)!r} holds no complete checkpoint to `resume` from. Leave out `resume`."
         )
     return str(checkpoint)
 

@@ -1,10 +1,13 @@
 """The comparison: what must be equal is equal, the baseline is scored as it was trained, and nothing is done twice."""
 
 import json
+import re
+from importlib.util import find_spec
 
 import compare
 import pytest
 import torch
+from byte_judge import save_byte_judge
 from comparison import summary
 from comparison.models import AutoregressiveScorer, make_recipe
 from comparison.parts import check_settings, part
@@ -116,7 +119,10 @@ def test_one_command_runs_it_and_goes_on_where_it_was(tmp_path, monkeypatch, cap
     monkeypatch.setattr("sys.argv", command)
     compare.main()
     monkeypatch.setattr(compare, "train", lambda recipe: pytest.fail("trained again"))
-    monkeypatch.setattr("sys.argv", [*command, "--test"])
+    judge = []
+    if find_spec("mauve"):
+        judge = ["--judge", save_byte_judge(tmp_path / "judge", is_uniform=True)]
+    monkeypatch.setattr("sys.argv", [*command, "--test", *judge])
     capsys.readouterr()
     compare.main()
     printed = capsys.readouterr().out
@@ -127,9 +133,21 @@ def test_one_command_runs_it_and_goes_on_where_it_was(tmp_path, monkeypatch, cap
     # The same text, exact on both sides.
     assert found["test-armd-1"]["left to right"]["figures"] == found["validation-armd-1"]["left to right"]["figures"]
     assert (tmp_path / "out" / "curves.svg").is_file()
+    read = [found[f"train-{name}-1"]["training_tokens"] for name in ("armd", "armd_strided")]
+    assert f"| ARMD, after the strided phase | 1 | {found['train-armd-1']['parameters']:,} | {sum(read):,} |" in printed
+    assert f"| {found['validation-armd-1']['left to right']['figures']['bits_per_byte']['value']:.3f} |" in printed
+    assert re.search(r"\| [0-9.]+ \(step 4\) \| [0-9.]+ \(step 4\) \| [0-9.]+ \(step 8\) \|", printed)
+    assert "| tokens per CPU second |" in printed
+    if judge:
+        assert "### Generation, judged by judge-" in printed
+        for series in ("autoregressive", "ARMD, S=1", "ARMD, S=4", "the validation text itself"):
+            assert re.search(rf"\| {series} \| (1.0)? \| 256 \| [0-9.]+ \| [0-9.]+ \| [0-9.]* \| 0 \|", printed)
+        assert (tmp_path / "out" / "frontier.svg").is_file()
 
 
 def test_mean_and_spread_over_seeds():
     assert summary.mean_and_spread([]) == ""
     assert summary.mean_and_spread([1.5]) == "1.50"
     assert summary.mean_and_spread([1.0, 3.0]) == "2.00 ± 1.41"
+    assert summary.mean_and_spread([1.5], errors=[0.25]) == "1.50 (0.25)"
+    assert summary.mean_and_spread([1.0, 3.0], errors=[0.25, 0.5], digits=3) == "2.000 ± 1.414 (0.375)"

@@ -1,11 +1,12 @@
 """`hf-diffusion frontier` against the functions that it calls, and going on where it was interrupted."""
 
+import hashlib
 import json
 import re
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from byte_judge import save_byte_judge
+from transformers import AutoModel, AutoTokenizer, LlamaForCausalLM
 
 from hf_diffusion.checkpoints import ARMD_SHAKESPEARE
 from hf_diffusion.cli import frontier, main
@@ -14,17 +15,7 @@ from hf_diffusion.evaluation import Judge, draw_texts, judge_drawn, reference_pi
 
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory):
-    """Folder of a causal model of bytes."""
-    folder = tmp_path_factory.mktemp("judge")
-    alphabet = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=256, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return str(folder)
+    return save_byte_judge(tmp_path_factory.mktemp("judge"))
 
 
 def flags(judge, tmp_path, *more):
@@ -52,6 +43,41 @@ def test_points_are_those_of_the_functions(judge, tmp_path, capsys):
     assert re.search(rf"4 streams +0.50 +{expected.generative_perplexity:.1f} +{expected.unigram_entropy:.3f}", printed)
     assert "<svg" in (tmp_path / "frontier.svg").read_text()
     assert not (tmp_path / "out.json.parts").exists()
+    described = {name: written[name] for name in ("seed", "num_texts", "length", "dtype", "references", "series")}
+    assert described == {
+        "seed": 5,
+        "num_texts": 3,
+        "length": 8,
+        "dtype": "float32",
+        "references": None,
+        "series": {f"{n} streams": {"strategy": "strided", "num_streams": n} for n in (1, 4)},
+    }
+
+
+def test_a_judge_that_cannot_hold_a_text_reads_it_all_the_same_beside_the_references(tmp_path, monkeypatch):
+    pytest.importorskip("mauve")
+    judge = save_byte_judge(tmp_path / "judge", is_uniform=True, max_position_embeddings=10)
+    text = "To be or not to be, that is the question. " * 20
+    (tmp_path / "references.txt").write_text(text)
+    read, texts = Judge.read, []
+    monkeypatch.setattr(Judge, "read", lambda judge, of: texts.append(of) or read(judge, of))
+    assert main(flags(judge, tmp_path, "--references", str(tmp_path / "references.txt"))) == 0
+    written = json.loads((tmp_path / "out.json").read_text())
+    for point in written["points"]:
+        assert point["quality"]["generative_perplexity"] == pytest.approx(256)
+        assert 0 < point["quality"]["mauve"] < 1 + 1e-9
+    pieces = reference_pieces(AutoTokenizer.from_pretrained(ARMD_SHAKESPEARE), text, 8, 3)
+    assert texts.count(pieces) == 1  # and not again for every point
+    assert max(len(of.encode()) for drawn in texts for of in drawn) > 10
+    assert written["reference_pieces"] == hashlib.sha256("\n".join(pieces).encode()).hexdigest()
+
+
+def test_points_that_have_nothing_to_judge_are_shown(judge, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(AutoTokenizer.from_pretrained(ARMD_SHAKESPEARE).__class__, "decode", lambda *a, **k: "")
+    assert main(flags(judge, tmp_path, "--picture", str(tmp_path / "frontier.svg"))) == 0
+    printed, written = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
+    assert [point["quality"]["generative_perplexity"] for point in written["points"]] == [None] * 4
+    assert re.search(r"4 streams +1.00 +5.0 +[0-9.]+ +3\n", printed)
 
 
 def test_an_interrupted_frontier_goes_on_where_it_was(judge, tmp_path, monkeypatch):
@@ -85,6 +111,8 @@ def test_pieces_are_spread_over_the_text():
     [
         (["--num-texts", "0"], "`num_texts` must be at least 1"),
         (["--json", "no/such/folder.json"], "there is no such folder"),
+        (["--json", "."], "`json`='.' is a folder"),
+        (["--picture", "frontier.xyz"], r"`picture`='frontier.xyz' has no ending .* 'svg'"),
         (["--device", "nowhere"], "`device`='nowhere' is not to be had here"),
     ],
 )

@@ -1,6 +1,7 @@
 """Measures of drawn texts against closed forms, and a judge against transformers' own loss."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -104,6 +105,46 @@ def test_the_judge_is_transformers_loss_text_by_text(llama, batch_size):
         torch.testing.assert_close(features, alone.hidden_states[-1][0, -1], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_long_text_is_read_with_half_a_context_before_every_token(llama, batch_size):
+    torch.manual_seed(1)
+    texts = ["".join(chr(ord("a") + int(token)) for token in torch.randint(SIZE, (n,))) for n in (100, 40, 41, 7)]
+    judged = Judge(llama, Letters(), batch_size).read(texts)
+    for number, text in enumerate(texts):
+        ids, nats = torch.tensor(as_ids(text)), 0.0
+        for position in range(1, len(ids)):
+            # The first window has 40 tokens; every further one scores 20, after as many that it is given or more.
+            if position < 40:
+                start = 0
+            else:
+                start = min(40 + (position - 40) // 20 * 20 + 20, len(ids)) - 40
+            with torch.no_grad():
+                nats -= float(llama(ids[None, start:position]).logits[0, -1].log_softmax(-1)[ids[position]])
+        assert judged.nats[number] == pytest.approx(nats, rel=1e-5)
+        with torch.no_grad():
+            last = llama(ids[None, -40:], output_hidden_states=True).hidden_states[-1][0, -1]
+        torch.testing.assert_close(judged.features[number], last, rtol=0, atol=1e-5)
+    assert judged.num_tokens.tolist() == [99, 39, 40, 6]
+
+
+def test_empty_texts_are_counted_and_change_nothing(llama):
+    pytest.importorskip("mauve")
+    judge, texts = Judge(llama, Letters(), 2), ["banana", "thequick", "zebra"]
+    references = judge.read(["brownfox", "jumps", "over"])
+    without = measure_samples([as_ids(text) for text in texts], texts, judge, references)
+    more = ["", "banana", "thequick", "", "zebra"]
+    among = measure_samples([as_ids(text) or [3] for text in more], more, judge, references)
+    assert among == replace(without, num_texts=5, num_empty=2)
+    nothing = measure_samples([[3], [3]], ["", ""], judge, references)
+    assert (nothing.generative_perplexity, nothing.unigram_entropy, nothing.mauve) == (None, None, None)
+    assert (nothing.num_texts, nothing.num_empty) == (2, 2)
+
+
+def test_one_token_is_no_perplexity(llama):
+    quality = measure_samples([[1], [2]], ["b", "c"], Judge(llama, Letters()))
+    assert (quality.generative_perplexity, quality.num_judged_tokens, quality.unigram_entropy) == (None, 0, 0.0)
+
+
 def test_one_word_over_and_over_is_seen_by_the_entropy(llama):
     """Why perplexity is never reported alone."""
     repeated, various = ["aaaaaaaa"], ["abcdefgh"]
@@ -128,10 +169,7 @@ def test_mauve_of_one_law_is_near_1_and_of_two_apart_near_0():
     ("token_ids", "texts", "message"),
     [
         ([], [], "`texts` is empty"),
-        ([[1]], [""], "number 0 is '', of which the judge has no token"),
         ([[1], [2]], ["a"], "`token_ids` has 2 texts and `texts` 1"),
-        ([[1], [2]], ["a", "b"], "one token each"),
-        ([[1]], ["a" * 41], "number 0 has 41 of the judge's tokens, and its context holds 40"),
     ],
 )
 def test_texts_that_cannot_be_judged_are_refused(llama, token_ids, texts, message):
@@ -173,4 +211,8 @@ class TestDrawnTexts:
         assert isinstance(points[0].quality, SampleQuality)
         assert points[0].quality.unigram_entropy < points[1].quality.unigram_entropy
         plot_frontier(points, tmp_path / "frontier.svg")
-        assert "left to right" in (tmp_path / "frontier.svg").read_text()
+        drawn = (tmp_path / "frontier.svg").read_text()
+        # Perplexity never stands without entropy: over it, and both over passes.
+        assert drawn.count("<!-- generative perplexity") == 2
+        assert drawn.count("<!-- unigram entropy") == 2
+        assert "left to right" in drawn

@@ -194,6 +194,9 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(text, tmp_p
         path.unlink()
     with pytest.raises(ValueError, match="holds no complete checkpoint to `resume` from"):
         train(recipe("armd", text, tmp_path, resume=True, **settings))
+    (tmp_path / "model.safetensors").unlink()
+    train(recipe("armd", text, tmp_path, **settings))  # which begins anew: what is incomplete is no run
+    torch.testing.assert_close(load_file(tmp_path / "model.safetensors"), expected)
 
 
 @pytest.mark.parametrize(
