@@ -18,8 +18,8 @@ class CausalStreamsConfig(PreTrainedConfig):
         later_text (`"wrap"`, `"native"` or `"hide"`): how a row reads text that is known to its right: as if it stood
             before the text (at the distance `q - k + C`, C being the length of the text), at its own, negative
             distance, or not at all.
-        rotary_layers (`list[bool]`, *optional*): which layers of the causal model have rotary positions. What `"wrap"`
-            reads hangs on it, and `conversion.from_causal_lm` finds it out.
+        rotary_layers (`list[bool]`, *optional*): for each layer of the causal model, whether it has rotary positions.
+            What `"wrap"` reads hangs on it, and `conversion.from_causal_lm` finds it out.
         mask_token_id (`int`, *optional*): the id that marks a position to fill, a sign between user and `generate`, in
             the vocabulary or not; `vocab_size` if not given, the first id outside.
         causal_lm_generation_config (`dict`, *optional*): what the causal model's own `generate` goes by.
@@ -63,14 +63,6 @@ class CausalStreamsConfig(PreTrainedConfig):
         check_token_ids(self, ("bos_token_id", "eos_token_id"))
         if self.mask_token_id is not None and self.mask_token_id < 0:
             raise ValueError(f"`mask_token_id` must be at least 0, got {self.mask_token_id}. Leave it out.")
-
-    def validate_rotary_layers(self) -> None:
-        """Raise ValueError for another number of layers than the causal model has (called by `@checked`)."""
-        if self.rotary_layers is not None and len(self.rotary_layers) != self.num_hidden_layers:
-            raise ValueError(
-                f"`rotary_layers` must have one entry for each of {self.num_hidden_layers} layers, got "
-                f"{len(self.rotary_layers)}."
-            )
 
     def note_generation(self, generation_config: GenerationConfig | None) -> None:
         """Keep what the causal model's own `generate` goes by, for `base_model` when it is loaded again."""

@@ -186,8 +186,6 @@ def test_wrapped_distances_need_to_be_known_of(tmp_path):
     from_causal_lm(causal("llama"), later_text="native").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match='"wrap"` needs `rotary_layers`.*`conversion.from_causal_lm'):
         CausalStreamsForMaskedDiffusion.from_pretrained(tmp_path, later_text="wrap")
-    with pytest.raises(ValueError, match="one entry for each of 2 layers, got 3"):
-        CausalStreamsForMaskedDiffusion.from_pretrained(tmp_path, later_text="wrap", rotary_layers=[True] * 3)
 
 
 def test_one_causal_model_in_streams_of_two_kinds():
