@@ -7,7 +7,8 @@ All are orders, so their cost is the excess of an exact negative log-likelihood,
 - lag D: a stream starts D passes after the one before it, which has written D tokens by then (1 is "staggered");
 - sentences: streams begin where a sentence or a line of the true text begins, as near as may be to equal distances;
 - seams last M: the first M tokens of every later stream are left open, and drawn from left to right when all else is
-  there. What they cost there is also what they would cost if they were drawn first and revised in the end.
+  there. This suggests what they would cost if they were drawn first and revised in the end, and does not show it: here
+  all else is the true text, read in the order of streams; a revision reads drafts, anew, and the suffix first.
 """
 
 import argparse

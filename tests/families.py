@@ -120,7 +120,9 @@ def streams_of_a_llama(**settings):
     inside = {"intermediate_size": 128, "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": None}
     inside.update({name: value for name, value in settings.items() if name not in own})
     own_settings = {name: value for name, value in settings.items() if name in own}
-    return CausalStreamsConfig(causal_lm_config=LlamaConfig(**inside), **own_settings)
+    config = LlamaConfig(**inside)
+    rotary_layers = [True] * config.num_hidden_layers
+    return CausalStreamsConfig(causal_lm_config=config, rotary_layers=rotary_layers, **own_settings)
 
 
 FAMILIES = {

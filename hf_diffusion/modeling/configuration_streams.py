@@ -2,9 +2,12 @@
 
 from typing import Any, Literal
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from .configuration_checks import check_model_type, check_token_ids, checked
+
+
+LaterText = Literal["wrap", "native", "hide"]
 
 
 @checked
@@ -15,8 +18,11 @@ class CausalStreamsConfig(PreTrainedConfig):
         later_text (`"wrap"`, `"native"` or `"hide"`): how a row reads text that is known to its right: as if it stood
             before the text (at the distance `q - k + C`, C being the length of the text), at its own, negative
             distance, or not at all.
-        mask_token_id (`int`, *optional*): the id that marks a position to fill, a sign between user and `generate`;
-            `vocab_size` if not given, the first id outside the vocabulary.
+        rotary_layers (`list[bool]`, *optional*): for each layer of the causal model, whether it has rotary positions.
+            What `"wrap"` reads hangs on it, and `conversion.from_causal_lm` finds it out.
+        mask_token_id (`int`, *optional*): the id that marks a position to fill, a sign between user and `generate`, in
+            the vocabulary or not; `vocab_size` if not given, the first id outside.
+        causal_lm_generation_config (`dict`, *optional*): what the causal model's own `generate` goes by.
         bos_token_id, eos_token_id, pad_token_id: those of the causal model if not given.
     """
 
@@ -25,11 +31,13 @@ class CausalStreamsConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values"]
 
     causal_lm_config: dict | PreTrainedConfig | None = None
-    later_text: Literal["wrap", "native", "hide"] = "wrap"
+    later_text: LaterText = "wrap"
+    rotary_layers: list[bool] | None = None
     mask_token_id: int | None = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
+    causal_lm_generation_config: dict | None = None
     use_cache: bool = True
     tie_word_embeddings: bool = False  # the causal model ties its own
 
@@ -45,7 +53,7 @@ class CausalStreamsConfig(PreTrainedConfig):
             self.causal_lm_config = AutoConfig.for_model(**self.causal_lm_config)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if getattr(self, name) is None:
-                setattr(self, name, getattr(self.causal_lm_config, name, None))
+                setattr(self, name, getattr(self.get_text_config(), name, None))
         if self.mask_token_id is None:
             self.mask_token_id = self.vocab_size
         super().__post_init__(**kwargs)
@@ -53,6 +61,16 @@ class CausalStreamsConfig(PreTrainedConfig):
     def validate_token_ids(self) -> None:
         """Raise ValueError for special tokens that the model could not generate (called by `@checked`)."""
         check_token_ids(self, ("bos_token_id", "eos_token_id"))
+        if self.mask_token_id is not None and self.mask_token_id < 0:
+            raise ValueError(f"`mask_token_id` must be at least 0, got {self.mask_token_id}. Leave it out.")
+
+    def note_generation(self, generation_config: GenerationConfig | None) -> None:
+        """Keep what the causal model's own `generate` goes by, for `base_model` when it is loaded again."""
+        if generation_config is not None:
+            settings = generation_config.to_diff_dict()
+            self.causal_lm_generation_config = {
+                name: value for name, value in settings.items() if name[0] != "_" and name != "transformers_version"
+            }
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         """The causal model's: what transformers looks up, or changes, for a language model inside another one."""
@@ -60,23 +78,23 @@ class CausalStreamsConfig(PreTrainedConfig):
 
     @property
     def vocab_size(self) -> int:
-        return self.causal_lm_config.vocab_size  # type: ignore[union-attr]
+        return self.get_text_config().vocab_size
 
     @vocab_size.setter
     def vocab_size(self, size: int) -> None:
-        self.causal_lm_config.vocab_size = size  # type: ignore[union-attr]
+        self.get_text_config().vocab_size = size
 
     @property
     def hidden_size(self) -> int:
-        return self.causal_lm_config.hidden_size  # type: ignore[union-attr]
+        return self.get_text_config().hidden_size
 
     @property
     def num_hidden_layers(self) -> int:
-        return self.causal_lm_config.num_hidden_layers  # type: ignore[union-attr]
+        return self.get_text_config().num_hidden_layers
 
     @property
     def max_position_embeddings(self) -> int:
-        return self.causal_lm_config.max_position_embeddings  # type: ignore[union-attr]
+        return self.get_text_config().max_position_embeddings
 
 
-__all__ = ["CausalStreamsConfig"]
+__all__ = ["CausalStreamsConfig", "LaterText"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils.generic import can_return_tuple
 
 from ..diffusion.canvas import check_length, check_tokens, read_labels, real_positions
@@ -25,7 +25,7 @@ from .loss import chunked_cross_entropy, chunked_nll
 from .outputs import MaskedDiffusionOutput
 from .pretrained import CheckedPreTrainedModel
 from .rows_streams import Rows, plan_rows
-from .wrapped_attention import WRAPPED, register_wrapped_attention
+from .wrapped_attention import WRAPPED, check_asked_for, check_in_place, register_wrapped_attention, turn_by
 
 
 class CausalStreamsForMaskedDiffusion(CheckedPreTrainedModel, DiffusionGenerationMixin):
@@ -49,11 +49,18 @@ class CausalStreamsForMaskedDiffusion(CheckedPreTrainedModel, DiffusionGeneratio
 
     def __init__(self, config: CausalStreamsConfig) -> None:
         super().__init__(config)
-        _check_attention(config._attn_implementation)
+        check_asked_for(config._attn_implementation)
+        if config.later_text == "wrap" and config.rotary_layers is None:
+            raise ValueError(
+                '`later_text="wrap"` needs `rotary_layers` in the configuration. Make the model by '
+                "`conversion.from_causal_lm(causal_lm)`, which finds out in which layers it can be read like that, if "
+                "it can."
+            )
         register_wrapped_attention()
-        implementation = WRAPPED if config.later_text == "wrap" else "sdpa"
-        self.causal_lm = AutoModelForCausalLM.from_config(config.causal_lm_config, attn_implementation=implementation)
+        self.causal_lm = AutoModelForCausalLM.from_config(config.causal_lm_config, attn_implementation=WRAPPED)
         self.config.causal_lm_config = self.causal_lm.config  # one and the same from here on
+        if config.causal_lm_generation_config is not None:
+            self.causal_lm.generation_config = GenerationConfig.from_dict(config.causal_lm_generation_config)
         self.gap = nn.Embedding(1, config.hidden_size)
         self.post_init()
 
@@ -71,7 +78,7 @@ class CausalStreamsForMaskedDiffusion(CheckedPreTrainedModel, DiffusionGeneratio
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
         """Not possible, but for what is there already: the reading of text on the right is part of the attention."""
-        _check_attention(attn_implementation)
+        check_asked_for(attn_implementation)
 
     def enable_input_require_grads(self) -> None:
         """As in transformers; the gap vector is an input too."""
@@ -81,6 +88,7 @@ class CausalStreamsForMaskedDiffusion(CheckedPreTrainedModel, DiffusionGeneratio
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         self.config.causal_lm_config.dtype = self.causal_lm.dtype  # type: ignore[union-attr]
+        self.config.note_generation(self.causal_lm.generation_config)
         super().save_pretrained(*args, **kwargs)
 
     def set_input_embeddings(self, value: nn.Module) -> None:
@@ -135,8 +143,9 @@ class CausalStreamsForMaskedDiffusion(CheckedPreTrainedModel, DiffusionGeneratio
         Raises:
             ValueError: before any computation, for tokens outside the vocabulary, a text longer than
                 `max_position_embeddings`, a row of padding only, or an order in which a block would have to read a
-                masked position.
+                masked position; if the attention of the causal model was switched to another one.
         """
+        check_in_place(self.causal_lm)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if labels is not None and query_positions is not None:
@@ -273,28 +282,14 @@ class CausalStreamsForMaskedDiffusion(CheckedPreTrainedModel, DiffusionGeneratio
             added = torch.zeros_like(reads[..., num_content + first_own :])
             inputs["on_the_right"] = torch.cat([on_the_right, added], dim=-1)[:, None]
             length = input_ids.shape[1] if real is None else real.sum(dim=1, keepdim=True)
-            inputs["turn"] = self._turn(torch.as_tensor(length, device=reads.device).expand(len(reads), 1))
+            length = torch.as_tensor(length, device=reads.device).expand(len(reads), 1)
+            inputs["turn"] = turn_by(self.causal_lm, length, like=self._gap(length))
+            inputs["rotary_layers"] = self.config.rotary_layers
         return inputs
 
     def _gap(self, like: torch.Tensor) -> torch.Tensor:
         """The gap vector [1, 1, hidden_size], where the integers `like` are."""
         return self.gap(like.new_zeros(1, 1))
-
-    def _turn(self, length: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine [batch, 1, rotary_dim] of the rotation by `length` [batch, 1] positions."""
-        rotary = rotary_embedding(self.causal_lm)
-        cos, sin = rotary(self._gap(length), length)
-        scaling = getattr(rotary, "attention_scaling", 1.0)
-        return cos / scaling, sin / scaling
-
-
-def _check_attention(implementation: str | dict | None) -> None:
-    """Raise ValueError for another attention than SDPA, which would read text on the right like text on the left."""
-    if implementation not in (None, "sdpa"):
-        raise ValueError(
-            f'`attn_implementation` must be "sdpa", got {implementation!r}: how text on the right is read is part of '
-            "the attention, and is there for SDPA only. Leave it out."
-        )
 
 
 def _take(labels: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -307,9 +302,4 @@ def _take_rows(states: torch.Tensor | None, index: torch.Tensor) -> torch.Tensor
     return None if states is None else states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
 
 
-def rotary_embedding(causal_lm: nn.Module) -> Any:
-    """The module that makes the model's rotary angles; None if it has none."""
-    return next((module for name, module in causal_lm.named_modules() if name.endswith("rotary_emb")), None)
-
-
-__all__ = ["CausalStreamsForMaskedDiffusion", "rotary_embedding"]
+__all__ = ["CausalStreamsForMaskedDiffusion"]

@@ -37,12 +37,31 @@ ROTARY = {
     "cohere": {"num_key_value_heads": 2},
     "granite": {"num_key_value_heads": 2},
     "starcoder2": {"num_key_value_heads": 2},
-    "stablelm": {"num_key_value_heads": 2},
+    "olmo": {"num_key_value_heads": 2},
     "glm4": {"num_key_value_heads": 2, "head_dim": 8},
     "gpt_neox": {},
 }
-ABSOLUTE = {"gpt2": {"n_inner": 48}, "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32}}
-ALL_MODELS = {**ROTARY, **ABSOLUTE}
+OTHERS = {
+    "gpt2": {"n_inner": 48},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "stablelm": {"num_key_value_heads": 2},
+}
+"""Models that read text on the right as "native" and "hide" say, and not as "wrap" does."""
+ALL_MODELS = {**ROTARY, **OTHERS}
+
+
+LATENT = {
+    **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "v_head_dim"), 8),
+    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "head_dim", "n_routed_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "first_k_dense_replace"), 2),
+    **dict.fromkeys(("n_group", "topk_group"), 1),
+    **{"moe_intermediate_size": 16, "num_key_value_heads": 4},
+}
+BART = {
+    **dict.fromkeys(("encoder_layers", "decoder_layers"), 2),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
+    **{"d_model": 32, "decoder_ffn_dim": 48, "init_std": 0.3},
+}
 
 
 def causal(name, dtype=torch.float32, **settings):
@@ -126,16 +145,91 @@ def test_text_on_the_right_is_read_as_each_way_says():
     assert (logits["wrap"] - logits["native"]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", ["llama", "phi", "cohere", "glm4"])
-def test_a_wrapped_distance_is_that_of_a_text_put_in_front(name):
+NO_ROTATION = ("smollm3", {"no_rope_layers": [0]})
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [*((name, {}) for name in ROTARY), NO_ROTATION],
+    ids=[*ROTARY, "smollm3 without positions"],
+)
+def test_a_wrapped_distance_is_that_of_a_text_put_in_front(name, settings):
     """In one layer, reading the last token at the distance plus C is reading it C positions earlier."""
-    model, ids = causal(name, torch.float64, num_hidden_layers=1), text(1, 8)
+    model, ids = causal(name, torch.float64, num_hidden_layers=1, **settings), text(1, 8)
     streams = from_causal_lm(model)
     logits = streams(ids, block_index=torch.tensor([[1, 2, 3, 4, 5, 6, 7, 0]])).logits[0, 1:7]
     in_front = torch.cat([ids[:, 7:], ids[:, :6]], dim=1)
     positions = torch.tensor([[7, 8, 9, 10, 11, 12, 13]])  # 8, the length, before the first: 7 - 8 = -1 from 0
     expected = model(in_front, position_ids=positions).logits[0, 1:]
     torch.testing.assert_close(logits, expected, rtol=0, atol=2e-6)  # rotary angles are float32
+
+
+@pytest.mark.parametrize("name", ROTARY)
+def test_rounding_does_not_hide_rotary_positions(name):
+    streams = from_causal_lm(causal(name, torch.bfloat16))
+    assert streams.config.rotary_layers == [True, True]
+
+
+def test_layers_without_rotary_positions_are_not_turned_after_saving_either(tmp_path):
+    streams = from_causal_lm(causal("smollm3", no_rope_layers=[1, 0]))
+    ids, order = text(1, 8), torch.tensor([[1, 2, 3, 4, 5, 6, 7, 0]])
+    assert streams.config.rotary_layers == [True, False]
+    expected = streams(ids, block_index=order).logits
+    streams.save_pretrained(tmp_path)
+    loaded = CausalStreamsForMaskedDiffusion.from_pretrained(tmp_path)
+    assert torch.equal(loaded(ids, block_index=order).logits, expected)
+    loaded.config.rotary_layers = [True, True]
+    assert (loaded(ids, block_index=order).logits - expected).abs().max() > 1e-3
+
+
+def test_wrapped_distances_need_to_be_known_of(tmp_path):
+    from_causal_lm(causal("llama"), later_text="native").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match='"wrap"` needs `rotary_layers`.*`conversion.from_causal_lm'):
+        CausalStreamsForMaskedDiffusion.from_pretrained(tmp_path, later_text="wrap")
+
+
+def test_one_causal_model_in_streams_of_two_kinds():
+    model, ids, order = causal("llama"), text(1, 8), torch.tensor([[1, 2, 3, 4, 5, 6, 7, 0]])
+    wrapped = from_causal_lm(model)
+    expected = wrapped(ids, block_index=order).logits
+    hidden = from_causal_lm(model, later_text="hide")
+    assert torch.equal(wrapped(ids, block_index=order).logits, expected)
+    assert (hidden(ids, block_index=order).logits - expected).abs().max() > 1e-3
+
+
+def test_another_attention_of_the_causal_model_is_refused():
+    streams, ids = from_causal_lm(causal("llama")), text(1, 8)
+    expected = streams(ids).logits
+    streams.base_model.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="`base_model` was switched to 'eager'"):
+        streams(ids)
+    streams.base_model.set_attn_implementation("causal_streams")
+    assert torch.equal(streams(ids).logits, expected)
+
+
+def test_generation_settings_of_the_causal_model_hold_for_streams_and_come_back_with_it(tmp_path):
+    model, prompt = causal("llama"), text(1, 3)
+    arguments = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+    model.generation_config.update(repetition_penalty=1.5, temperature=0.6)
+    end = int(model.generate(prompt, **arguments)[0, 7])
+    model.generation_config.eos_token_id = [2, end]
+    expected = model.generate(prompt, **arguments)
+    assert expected.shape[1] <= 8
+    streams = from_causal_lm(model)
+    assert streams.generation_config.temperature is None  # nothing is drawn, as far as the model says
+    assert torch.equal(streams.generate(prompt, **arguments), expected)
+    streams.save_pretrained(tmp_path)
+    loaded = CausalStreamsForMaskedDiffusion.from_pretrained(tmp_path)
+    assert torch.equal(loaded.generate(prompt, **arguments), expected)
+    assert torch.equal(loaded.base_model.generate(prompt, **arguments), expected)
+    assert loaded.base_model.generation_config.temperature == 0.6
+
+
+def test_how_the_causal_model_samples_is_how_its_streams_do():
+    model = causal("llama")
+    model.generation_config.update(do_sample=True, temperature=0.6, top_k=5)
+    config = from_causal_lm(model).generation_config
+    assert (config.do_sample, config.temperature, config.top_k) == (True, 0.6, 5)
 
 
 def test_wrapped_attention_is_softmax_over_both_distances():
@@ -237,6 +331,25 @@ def test_from_a_folder(tmp_path):
     ("config", "arguments", "message"),
     [
         (("gpt2", {}), {}, '`later_text="wrap"` turns rotary positions, and GPT2LMHeadModel has none.*"hide"'),
+        (
+            ("stablelm", {"num_key_value_heads": 2}),
+            {},
+            "layers of StableLmForCausalLM do not pass on to their attention.*Take",
+        ),
+        (
+            ("nemotron", {"num_key_value_heads": 2}),
+            {},
+            "layers of NemotronForCausalLM do not pass on to their attention.*Take",
+        ),
+        (("deepseek_v3", LATENT), {}, "rotary positions of DeepseekV3ForCausalLM are applied in a way that is not"),
+        (("gemma3_text", {"layer_types": ["full_attention"] * 2}), {}, "Gemma3ForCausalLM cannot be run in the way"),
+        (("doge", {}), {}, "DogeForCausalLM cannot be run in the way"),
+        (("bart", BART), {}, "BartForCausalLM reads a text otherwise when its rows come in another order"),
+        (("bart", BART), {"later_text": "hide"}, "BartForCausalLM reads a text otherwise"),
+        (("bert", {}), {"later_text": "hide"}, "BertLMHeadModel reads a text otherwise.*on their right"),
+        (("falcon", {"alibi": False}), {"later_text": "hide"}, "FalconForCausalLM cannot run as SDPA"),
+        (("gptj", {}), {}, "GPTJForCausalLM cannot run as SDPA"),
+        (("gemma2", {"sliding_window": 64}), {"later_text": "hide"}, "Gemma2ForCausalLM cannot run as SDPA"),
         (("bloom", {}), {"later_text": "hide"}, "ALiBi"),
         (("mistral", {"sliding_window": 16}), {}, "sliding windows .`sliding_window`=16."),
         (("mamba", {}), {"later_text": "hide"}, "recurrent or convolutional"),
@@ -250,7 +363,18 @@ def test_from_a_folder(tmp_path):
             {},
             "frequencies of LlamaForCausalLM change with the length",
         ),
-        (("llama", {}), {"gap_token_id": 99}, "`gap_token_id` must be a token of the vocabulary.*99"),
+        (
+            ("llama", {}),
+            {"gap_token_id": 99},
+            r"`gap_token_id` must be a token .*\(0 to 30\), got 99.$",
+        ),
+        (
+            ("llama", {}),
+            {"gap_token_id": -1},
+            r"`gap_token_id` must be a token .*\(0 to 30\), got -1.$",
+        ),
+        (("llama", {"bos_token_id": None, "eos_token_id": None}), {}, "names no start or end token"),
+        (("llama", {}), {"mask_token_id": -1}, "`mask_token_id` must be at least 0, got -1"),
         (("llama", {}), {"later_text": "mirror"}, "later_text"),
         (("llama", {}), {"dtype": "float32"}, "`dtype` is for loading"),
     ],
@@ -260,8 +384,35 @@ def test_what_cannot_work_is_refused(config, arguments, message):
     name, settings = config
     sizes = {key: value for key, value in SIZES.items() if key != "intermediate_size" or name != "mamba"}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**sizes, **settings}))
+    model.eval().get_input_embeddings().train()
+    before = model.config._attn_implementation, [module.training for module in model.modules()]
     with pytest.raises(ValueError, match=message):
         from_causal_lm(model, **arguments)
+    assert (model.config._attn_implementation, [module.training for module in model.modules()]) == before
+
+
+def test_what_is_no_model_is_refused(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    with pytest.raises(ValueError, match="got PeftModel.*merge_and_unload"):
+        from_causal_lm(get_peft_model(causal("llama"), LoraConfig(r=2)))
+    with pytest.raises(ValueError, match="LlamaModel has no map to logits"):
+        from_causal_lm(causal("llama").model)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES))
+    with pytest.raises(ValueError, match="LlamaForCausalLM are not in memory"):
+        from_causal_lm(model)
+    with pytest.raises(ValueError, match="`attn_implementation` must be"):
+        from_causal_lm(tmp_path, attn_implementation="eager")
+
+
+@pytest.mark.parametrize("mask_token_id", [30, 500])
+def test_the_mask_may_be_any_id(mask_token_id):
+    prompt = text(2, 4).clamp(max=29)
+    arguments = {"strategy": "strided", "num_streams": 2, "max_new_tokens": 8, "seed": 1, "suppress_tokens": [30]}
+    expected = from_causal_lm(causal("llama")).generate(prompt, **arguments)
+    drawn = from_causal_lm(causal("llama"), mask_token_id=mask_token_id).generate(prompt, **arguments)
+    assert torch.equal(drawn, expected)
 
 
 def test_uneven_prompts_and_gaps_of_a_batch_are_what_each_row_would_be_alone():
