@@ -138,12 +138,19 @@ def _evaluate_tasks(arguments: argparse.Namespace, settings: dict[str, Any]) -> 
     if not set(arguments.tasks) <= set(manager.all_tasks):
         manager = TaskManager(include_path=folder)  # reads thousands of files
     model, tokenizer = load_model(arguments)
-    lm = DiffusionLM(model, tokenizer=tokenizer, batch_size=arguments.batch_size, seed=arguments.seed, **settings)
-    cache = None
+    cache, counts_file = None, None
     if arguments.json is not None:
         # lm-eval keys what it keeps by request alone.
         key = hashlib.sha256(json.dumps([fingerprint(model), settings, arguments.seed]).encode()).hexdigest()[:16]
-        cache = _beside(arguments.json, f".{key}")
+        cache, counts_file = _beside(arguments.json, f".{key}"), _beside(arguments.json, f".{key}.counts")
+    lm = DiffusionLM(
+        model,
+        tokenizer=tokenizer,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+        counts_file=counts_file,
+        **settings,
+    )
     results = simple_evaluate(
         model=lm,
         tasks=arguments.tasks,
@@ -159,7 +166,9 @@ def _evaluate_tasks(arguments: argparse.Namespace, settings: dict[str, Any]) -> 
     for name in ("likelihood", "generation"):
         if results["config"][name]:
             print(f"{name}: " + ", ".join(f"{key}={value}" for key, value in results["config"][name].items()))
-    return results, [] if cache is None else list(cache.parent.glob(f"{cache.name}_rank*.db"))
+    if cache is None or counts_file is None:
+        return results, []
+    return results, [counts_file, *cache.parent.glob(f"{cache.name}_rank*.db")]
 
 
 def load_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
