@@ -66,6 +66,7 @@ def training_cases(
         attn_pdrop=0.0,
         bos_token_id=None,
         eos_token_id=None,
+        loss_type="ForCausalLM",  # which transformers does not find out from the name of the class
     )
     gpt2 = GPT2LMHeadModel(gpt2_config).train()
 
