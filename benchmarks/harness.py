@@ -55,7 +55,7 @@ class Ceilings:
 def measure_ceilings(dtype: torch.dtype, clock: Callable[[], float] = time.perf_counter) -> Ceilings:
     weights = torch.ones(2**26)
     left, right = torch.ones(1024, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-    seconds = best_seconds({"sum": weights.sum, "product": lambda: left @ right}, rounds=5, clock=clock)
+    seconds = best_seconds({"sum": weights.sum, "product": lambda: left @ right}, rounds=3, clock=clock)
     return Ceilings(weights.numel() * weights.element_size() / seconds["sum"], 2 * 1024**3 / seconds["product"])
 
 

@@ -39,10 +39,10 @@ LOST = 2 / 3
 def benchmarks(folder: Path) -> dict[str, tuple[str, int, Callable[[], dict[str, Case]]]]:
     """Baseline, rounds and cases, by title."""
     return {
-        "decode": (GPT2, 6, lambda: Decoders(SHAPE, torch.float32).cases(1, 48, [1, 4])),
-        "train": (TRAINED, 6, lambda: training_cases(SHAPE, 4, 64, families=True)),
-        "sample": (baseline_name(NUM_STEPS), 4, lambda: sampling_cases(SHAPE, 2, 32, NUM_STEPS)),
-        "load": (LOADED, 24, lambda: loading_cases(SHAPE, folder)),
+        "decode": (GPT2, 4, lambda: Decoders(SHAPE, torch.float32).cases(1, 48, [1, 4])),
+        "train": (TRAINED, 4, lambda: training_cases(SHAPE, 4, 64, families=True)),
+        "sample": (baseline_name(NUM_STEPS), 3, lambda: sampling_cases(SHAPE, 2, 32, NUM_STEPS)),
+        "load": (LOADED, 20, lambda: loading_cases(SHAPE, folder)),
     }
 
 

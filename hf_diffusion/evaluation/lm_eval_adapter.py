@@ -168,12 +168,12 @@ class DiffusionLM(HFLM):
         counts = {"nfe": scored.nfe, "num_texts": len(scored.num_tokens), "num_tokens": num_tokens}
         self._count("likelihoods", counts, said)
 
-    def _count(self, of: str, counts: dict[str, float], said: dict[str, Any]) -> None:
+    def _count(self, of: str, counts: dict[str, Any], said: dict[str, Any]) -> None:
         batch = {"of": of, "counts": counts, "said": said}
         self._add(**batch)
         self.batches.add(len(self.batches.parts), batch)
 
-    def _add(self, of: str, counts: dict[str, float], said: dict[str, Any]) -> None:
+    def _add(self, of: str, counts: dict[str, Any], said: dict[str, Any]) -> None:
         """Counts of a batch add up; what was said of the last one holds for all."""
         noted = self.likelihoods if of == "likelihoods" else self.generations
         for name, count in counts.items():
