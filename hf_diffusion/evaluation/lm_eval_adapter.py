@@ -169,7 +169,7 @@ class DiffusionLM(HFLM):
         self._count("likelihoods", counts, said)
 
     def _count(self, of: str, counts: dict[str, Any], said: dict[str, Any]) -> None:
-        batch = {"of": of, "counts": counts, "said": said}
+        batch: dict[str, Any] = {"of": of, "counts": counts, "said": said}
         self._add(**batch)
         self.batches.add(len(self.batches.parts), batch)
 
