@@ -4,6 +4,7 @@
     python3 dev.py demo [ARGS]          run `hf-diffusion demo ARGS` in an empty folder, from a wheel (.venv-demo)
     python3 dev.py test [ARGS]          run `pytest ARGS` on this tree, a process per core (.venv)
     python3 dev.py test-oldest [ARGS]   the same, with the oldest transformers that pyproject.toml allows
+    python3 dev.py bench                time small models; fails where a ratio to a baseline has lost a third (.venv)
     python3 dev.py lint                 run ruff and mypy on this tree (.venv)
     python3 dev.py build                build the sdist and the wheel into dist/, and check what is in them (.venv)
 
@@ -131,6 +132,10 @@ def test(args: list[str], oldest: bool = False) -> None:
     step("running pytest", python, "-m", "pytest", "-n", "auto", "--dist", "loadfile", *args, env=env)
 
 
+def bench() -> None:
+    step("timing small models", editable_install("test"), "benchmarks/short.py", "--check")
+
+
 def lint() -> None:
     python = editable_install("dev")
     step("running ruff check", python, "-m", "ruff", "check")
@@ -164,8 +169,8 @@ def main() -> None:
         demo(args)
     elif name in ("test", "test-oldest"):
         test(args, oldest=name == "test-oldest")
-    elif name in ("lint", "build") and not args:
-        lint() if name == "lint" else build()
+    elif name in ("bench", "lint", "build") and not args:
+        {"bench": bench, "lint": lint, "build": build}[name]()
     elif name in ("-h", "--help"):
         print(__doc__)
     else:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from harness import Case, matrix_weights, report_side_by_side, side_by_side
+from harness import Case, armd_weights, matrix_weights, side_by_side
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_diffusion import ARMDCache, ARMDConfig, ARMDForMaskedDiffusion, pack_linear_layers
@@ -79,21 +79,25 @@ class Decoders:
     def cases(self, batch_size: int, num_tokens: int, streams: list[int]) -> dict[str, Case]:
         tokens = batch_size * num_tokens
         weights = matrix_weights(self.shape)
-        # The lower half reads what was drawn and asks for what comes next: two rows for a token.
-        layers = self.shape["num_hidden_layers"]
-        of_armd = 2 * tokens * matrix_weights(self.shape, layers=1.5 * layers)
 
-        def case(run: Callable[[], None], num_streams: int | None) -> Case:
-            passes = num_tokens if num_streams is None else num_streams + -(-num_tokens // num_streams) - 1
-            operations = 2 * tokens * weights if num_streams is None else of_armd
+        def case(run: Callable[[], None], passes: int, of_rows: float) -> Case:
+            operations = 2 * batch_size * (of_rows + num_tokens * matrix_weights(self.shape, layers=0))
             return Case(run, passes * weights * self.dtype.itemsize, operations, tokens)
 
+        def autoregressive(run: Callable[[int, int], None]) -> Case:
+            of_rows = num_tokens * matrix_weights(self.shape, head=False)
+            return case(lambda: run(batch_size, num_tokens), num_tokens, of_rows)
+
         def armd(num_streams: int, packed: bool = True, **more: bool) -> Case:
-            return case(lambda: self.strided(packed, batch_size, num_tokens, num_streams, **more), num_streams)
+            of_content, of_query = armd_weights(self.shape)
+            # A start symbol is read, and what is drawn but in the last pass.
+            of_rows = (num_tokens - num_streams + 1) * of_content + num_tokens * of_query
+            passes = num_streams + -(-num_tokens // num_streams) - 1
+            return case(lambda: self.strided(packed, batch_size, num_tokens, num_streams, **more), passes, of_rows)
 
         return {
-            GPT2: case(lambda: self.generate_gpt2(batch_size, num_tokens), None),
-            TUNED: case(lambda: self.tuned(batch_size, num_tokens), None),
+            GPT2: autoregressive(self.generate_gpt2),
+            TUNED: autoregressive(self.tuned),
             **{f"ARMD S={s}": armd(s) for s in streams},
             "ARMD S=1, not packed": armd(1, packed=False),
             "ARMD S=4, not packed": armd(4, packed=False),
@@ -111,10 +115,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--left-neighbour", action="store_true")
     parser.add_argument("--profile", type=int, help="print where the time goes with this number of streams, and stop")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and of what is drawn")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
+    torch.manual_seed(arguments.seed)
     dtype, batch, num_tokens = getattr(torch, arguments.dtype), arguments.batch_size, arguments.new_tokens
     decoders = Decoders(SHAPE, dtype, arguments.left_neighbour)
     if arguments.profile:
@@ -125,11 +130,10 @@ def main() -> None:
         return
     cases = decoders.cases(batch, num_tokens, arguments.num_streams)
     measured = side_by_side(cases, GPT2, arguments.rounds, dtype, time.perf_counter)
-    measured = {
-        name: {**row, "x tuned AR": measured[TUNED]["seconds"] / row["seconds"]} for name, row in measured.items()
-    }
+    for row in measured.rows.values():
+        row["x tuned AR"] = measured.rows[TUNED]["seconds"] / row["seconds"]
     title = f"{arguments.dtype}, batch {batch}, {num_tokens} new tokens, {arguments.threads} threads"
-    report_side_by_side(title, measured, GPT2, arguments.json)
+    measured.report(title, vars(arguments), arguments.json)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +46,16 @@ class Ceilings:
     bytes_per_second: float
     operations_per_second: float
 
-    def floor(self, num_bytes: float, operations: float) -> float:
-        """Seconds below which nothing can be done that moves and computes so much."""
-        return max(num_bytes / self.bytes_per_second, operations / self.operations_per_second)
+    def floor(self, num_bytes: float, operations: float) -> tuple[float, str]:
+        """Seconds below which nothing can be done that moves and computes so much, and which of the two it is."""
+        moving, computing = num_bytes / self.bytes_per_second, operations / self.operations_per_second
+        return (moving, "bytes") if moving >= computing else (computing, "operations")
 
 
 def measure_ceilings(dtype: torch.dtype, clock: Callable[[], float] = time.perf_counter) -> Ceilings:
     weights = torch.ones(2**26)
     left, right = torch.ones(1024, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-    seconds = best_seconds({"sum": weights.sum, "product": lambda: left @ right}, rounds=5, clock=clock)
+    seconds = best_seconds({"sum": weights.sum, "product": lambda: left @ right}, rounds=3, clock=clock)
     return Ceilings(weights.numel() * weights.element_size() / seconds["sum"], 2 * 1024**3 / seconds["product"])
 
 
@@ -74,13 +75,40 @@ class Case:
     tokens: int = 0
 
 
+@dataclass(frozen=True)
+class SideBySide:
+    """
+    Attributes:
+        baseline: name of the case that the others are compared with.
+        ceilings: of the machine, in the same minutes.
+        rows: by case: "seconds", "tokens/s" where there are any, "x baseline" (how many times as fast), "share of
+            limit" (the seconds that the ceilings allow, divided by those that it took), and "limit" (by which ceiling).
+    """
+
+    baseline: str
+    ceilings: Ceilings
+    rows: dict[str, dict[str, Any]]
+
+    def report(self, title: str, arguments: dict[str, Any], json_path: Path | None) -> None:
+        """Print a table and the ceilings, and add both to a JSON file with what they depend on.
+
+        Args:
+            arguments: of the script, its seed among them.
+        """
+        columns = [f"case (baseline: {self.baseline})", *next(iter(self.rows.values()))]
+        ceilings = asdict(self.ceilings)
+        table = [[name, *row.values()] for name, row in self.rows.items()]
+        report(title, columns, table, json_path, arguments=arguments, ceilings=ceilings)
+        print(
+            f"limits: {self.ceilings.bytes_per_second / 1e9:.1f} GB and "
+            f"{self.ceilings.operations_per_second / 1e9:.1f} billion operations a second"
+        )
+
+
 def side_by_side(
     cases: dict[str, Case], baseline: str, rounds: int, dtype: torch.dtype, clock: Callable[[], float]
-) -> dict[str, dict[str, float]]:
-    """By case: "seconds", "x baseline" (how many times as fast), "share of limit", and "tokens/s" where there are any.
-
-    Ceilings are measured before and after, and the higher ones taken.
-    """
+) -> SideBySide:
+    """Time cases. Ceilings are measured before and after, and the higher ones taken."""
     before = measure_ceilings(dtype, clock)
     seconds = best_seconds({name: case.run for name, case in cases.items()}, rounds, clock=clock)
     after = measure_ceilings(dtype, clock)
@@ -90,18 +118,17 @@ def side_by_side(
     )
     rows = {}
     for name, case in cases.items():
-        floor = ceilings.floor(case.num_bytes, case.operations)
-        row = {"seconds": seconds[name]}
+        floor, limit = ceilings.floor(case.num_bytes, case.operations)
+        row: dict[str, Any] = {"seconds": seconds[name]}
         if case.tokens:
             row["tokens/s"] = case.tokens / seconds[name]
-        row |= {"x baseline": seconds[baseline] / seconds[name], "share of limit": floor / seconds[name]}
+        row |= {
+            "x baseline": seconds[baseline] / seconds[name],
+            "share of limit": floor / seconds[name],
+            "limit": limit,
+        }
         rows[name] = row
-    return rows
-
-
-def report_side_by_side(title: str, measured: dict[str, dict[str, float]], baseline: str, path: Path | None) -> None:
-    columns = [f"case (baseline: {baseline})", *next(iter(measured.values()))]
-    report(title, columns, [[name, *row.values()] for name, row in measured.items()], path)
+    return SideBySide(baseline, ceilings, rows)
 
 
 def matrix_weights(shape: dict[str, int], layers: float | None = None, head: bool = True) -> float:
@@ -116,6 +143,16 @@ def matrix_weights(shape: dict[str, int], layers: float | None = None, head: boo
     return in_layers + head * width * shape["vocab_size"]
 
 
+def armd_weights(shape: dict[str, int]) -> tuple[float, float]:
+    """Weights that a content row and a query row of ARMD are multiplied with, but for the head's.
+
+    In the lower half of an even number of layers, keys and values (two widths squared of twelve) are the content
+    rows'. In the last layer there these do nothing else; in the upper half there are none.
+    """
+    half, square = shape["num_hidden_layers"] // 2, shape["hidden_size"] ** 2
+    return square * (12 * half - 10), square * (10 + 12) * half
+
+
 def report(title: str, columns: list[str], rows: list[list[Any]], json_path: Path | None, **extra: Any) -> None:
     """Print a table, and write it with the environment as JSON if a path is given."""
     cells = [columns, *([f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows)]
@@ -128,5 +165,5 @@ def report(title: str, columns: list[str], rows: list[list[Any]], json_path: Pat
         table = [dict(zip(columns, row, strict=True)) for row in rows]
         entries = json.loads(json_path.read_text()) if json_path.exists() else []
         json_path.write_text(
-            json.dumps([*entries, {"title": title, **environment(), **extra, "table": table}], indent=2)
+            json.dumps([*entries, {"title": title, **environment(), **extra, "table": table}], indent=2, default=str)
         )

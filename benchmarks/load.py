@@ -12,7 +12,7 @@ from pathlib import Path
 from time import process_time
 
 import torch
-from harness import Case, report_side_by_side, side_by_side
+from harness import Case, side_by_side
 from transformers import AutoModel, GPT2Config, GPT2LMHeadModel
 
 from hf_diffusion import (
@@ -59,9 +59,11 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--vocab-size", type=int, default=50257)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0, help="of weights and of what is drawn")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    torch.manual_seed(arguments.seed)
     shape = {
         "hidden_size": arguments.hidden_size,
         "num_hidden_layers": arguments.layers,
@@ -71,7 +73,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         cases = loading_cases(shape, Path(folder))
         measured = side_by_side(cases, BASELINE, arguments.rounds, torch.float32, process_time)
-    report_side_by_side(f"loading, {arguments.layers} x {arguments.hidden_size}", measured, BASELINE, arguments.json)
+    measured.report(f"loading, {arguments.layers} x {arguments.hidden_size}", vars(arguments), arguments.json)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 from time import process_time
 
 import torch
-from harness import Case, matrix_weights, report_side_by_side, side_by_side
+from harness import Case, matrix_weights, side_by_side
 from plain_mdlm import PlainMDLM
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -47,12 +47,16 @@ def sampling_cases(shape: dict[str, int], batch_size: int, length: int, num_step
 
     def ours(model: MDLMForMaskedDiffusion, **settings: object) -> Case:
         run = partial(model.generate, nothing, max_new_tokens=length, **settings)
-        passes = run(seed=0, return_dict_in_generate=True).nfe
+        output = run(seed=0, return_dict_in_generate=True)
+        # A text takes no part in a pass that would reveal nothing in it.
+        positions_read = float((length / output.tokens_per_forward).sum()) * length
         layers = shape["num_hidden_layers"] + 1 * model.learns_order  # of its two heads one reads the masked text
-        # Layers read every position in every pass, the head those that are drawn.
-        operations = 2 * tokens * (passes * matrix_weights(shape, layers, head=False) + matrix_weights(shape, 0))
-        num_bytes = 4 * passes * matrix_weights(shape, layers)
-        return Case(partial(run, seed=0), num_bytes, operations, tokens)
+        # Of the last layer, positions that are not drawn need the keys and values only: two of twelve parts.
+        of_read, of_drawn = (layers, 0) if model.learns_order else (layers - 10 / 12, 10 / 12)
+        operations = positions_read * matrix_weights(shape, of_read, head=False)
+        operations += tokens * matrix_weights(shape, of_drawn)
+        num_bytes = 4 * output.nfe * matrix_weights(shape, layers)
+        return Case(partial(run, seed=0), num_bytes, 2 * operations, tokens)
 
     in_steps = {"strategy": "ancestral", "max_denoising_steps": num_steps}
     of_mdlm = ours(mdlm, **in_steps)
@@ -81,10 +85,11 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--steps", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0, help="of weights and of what is drawn")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    torch.manual_seed(0)
+    torch.manual_seed(arguments.seed)
     shape = {
         "hidden_size": arguments.hidden_size,
         "num_hidden_layers": arguments.layers,
@@ -95,7 +100,7 @@ def main() -> None:
     baseline = baseline_name(arguments.steps)
     measured = side_by_side(cases, baseline, arguments.rounds, torch.float32, process_time)
     title = f"{arguments.batch_size} texts of {arguments.length} tokens, {arguments.layers} x {arguments.hidden_size}"
-    report_side_by_side(f"{title}, float32, one thread", measured, baseline, arguments.json)
+    measured.report(f"{title}, float32, one thread", vars(arguments), arguments.json)
 
 
 if __name__ == "__main__":

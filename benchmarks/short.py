@@ -2,6 +2,8 @@
 
     python benchmarks/short.py [--check | --store] [--json short.json]
 
+`python3 dev.py bench` checks them in the environment of the tests, as is done on every change.
+
 `--check` fails if a case has lost a third of its ratio to its baseline, as stored in short_reference.json by `--store`.
 Both sides of a ratio are timed in the same run, in CPU time of one thread, so that the machine matters little. A case
 that falls is timed once more before it counts.
@@ -18,7 +20,7 @@ from time import process_time
 
 import torch
 from decode import GPT2, Decoders
-from harness import Case, report_side_by_side, side_by_side
+from harness import Case, side_by_side
 from load import BASELINE as LOADED
 from load import loading_cases
 from sample import baseline_name, sampling_cases
@@ -37,21 +39,21 @@ LOST = 2 / 3
 def benchmarks(folder: Path) -> dict[str, tuple[str, int, Callable[[], dict[str, Case]]]]:
     """Baseline, rounds and cases, by title."""
     return {
-        "decode": (GPT2, 6, lambda: Decoders(SHAPE, torch.float32).cases(1, 48, [1, 4])),
-        "train": (TRAINED, 6, lambda: training_cases(SHAPE, 4, 64, families=True)),
-        "sample": (baseline_name(NUM_STEPS), 4, lambda: sampling_cases(SHAPE, 2, 32, NUM_STEPS)),
-        "load": (LOADED, 8, lambda: loading_cases(SHAPE, folder)),
+        "decode": (GPT2, 4, lambda: Decoders(SHAPE, torch.float32).cases(1, 48, [1, 4])),
+        "train": (TRAINED, 4, lambda: training_cases(SHAPE, 4, 64, families=True)),
+        "sample": (baseline_name(NUM_STEPS), 3, lambda: sampling_cases(SHAPE, 2, 32, NUM_STEPS)),
+        "load": (LOADED, 20, lambda: loading_cases(SHAPE, folder)),
     }
 
 
-def ratios(title: str, path: Path | None) -> dict[str, float]:
+def ratios(title: str, arguments: argparse.Namespace) -> dict[str, float]:
     """By case, how many times as fast as the baseline."""
-    torch.manual_seed(0)
+    torch.manual_seed(arguments.seed)
     with tempfile.TemporaryDirectory() as folder:
         baseline, rounds, make_cases = benchmarks(Path(folder))[title]
         measured = side_by_side(make_cases(), baseline, rounds, torch.float32, process_time)
-    report_side_by_side(title, measured, baseline, path)
-    return {name: row["x baseline"] for name, row in measured.items() if name != baseline}
+    measured.report(title, vars(arguments), arguments.json)
+    return {name: row["x baseline"] for name, row in measured.rows.items() if name != baseline}
 
 
 def fallen(found: dict[str, float], reference: dict[str, float]) -> list[str]:
@@ -64,13 +66,14 @@ def main() -> int:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--check", action="store_true", help="fail where a ratio has lost a third")
     mode.add_argument("--store", action="store_true", help="make the medians of three runs the reference")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and of what is drawn")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     stored = json.loads(REFERENCE.read_text())
     if arguments.store:
-        runs = [{title: ratios(title, arguments.json) for title in stored} for _ in range(3)]
+        runs = [{title: ratios(title, arguments) for title in stored} for _ in range(3)]
         medians = {
             title: {name: round(statistics.median(run[title][name] for run in runs), 2) for name in runs[0][title]}
             for title in stored
@@ -79,9 +82,9 @@ def main() -> int:
         return 0
     failures = []
     for title, reference in stored.items():
-        found = ratios(title, arguments.json)
+        found = ratios(title, arguments)
         if arguments.check and (lost := fallen(found, reference)):
-            again = ratios(title, arguments.json)
+            again = ratios(title, arguments)
             failures += [
                 f"{title}, {name}: {again.get(name, 0.0):.2f} times the baseline, {reference[name]:.2f} before"
                 for name in fallen(again, {name: reference[name] for name in lost})

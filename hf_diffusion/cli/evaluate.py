@@ -70,9 +70,11 @@ def run(arguments: argparse.Namespace) -> None:
     check_device(arguments.device)
     if arguments.json is not None and not arguments.json.resolve().parent.is_dir():
         raise ValueError(f"`json`={str(arguments.json)!r}: there is no such folder. Make it first.")
+    if arguments.json is not None and arguments.json.is_dir():
+        raise ValueError(f"`json`={str(arguments.json)!r} is a folder. Name a file in it.")
     names = (*(name for name in DIFFUSION_FIELDS if hasattr(arguments, name)), "num_draws", "estimator")
     settings = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    results = (_evaluate_text if arguments.tasks is None else _evaluate_tasks)(arguments, settings)
+    results, parts = (_evaluate_text if arguments.tasks is None else _evaluate_tasks)(arguments, settings)
     if arguments.json is not None:
         described = {
             "model": str(arguments.model),
@@ -84,14 +86,21 @@ def run(arguments: argparse.Namespace) -> None:
             "environment": environment(),
         }
         arguments.json.write_text(json.dumps(described, indent=2, default=str) + "\n", encoding="utf-8")
+    for file in parts:
+        file.unlink()
 
 
-def _evaluate_text(arguments: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
+Evaluated = tuple[dict[str, Any], list[Path]]
+"""The results, and files of finished parts, which are of no use once the results are written."""
+
+
+def _evaluate_text(arguments: argparse.Namespace, settings: dict[str, Any]) -> Evaluated:
     try:
         text = arguments.text.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"`text`={str(arguments.text)!r} is not UTF-8: {error}. Convert it.") from None
     model, tokenizer = load_model(arguments)
+    parts_file = None if arguments.json is None else _beside(arguments.json, ".parts")
     result = evaluate_text(
         model,
         tokenizer,
@@ -100,7 +109,7 @@ def _evaluate_text(arguments: argparse.Namespace, settings: dict[str, Any]) -> d
         stride=arguments.stride,
         batch_size=arguments.batch_size,
         seed=arguments.seed,
-        parts_file=None if arguments.json is None else _beside(arguments.json, ".parts"),
+        parts_file=parts_file,
         show_progress=True,
         **settings,
     )
@@ -111,10 +120,11 @@ def _evaluate_text(arguments: argparse.Namespace, settings: dict[str, Any]) -> d
     print(f"{result.num_tokens} tokens, {result.num_words} words, {result.num_bytes} bytes, {result.nfe} passes")
     if result.num_unknown_tokens:
         print(f"{result.num_unknown_tokens} tokens stand for what the tokenizer cannot spell: not to be compared")
-    return {"text": str(arguments.text), "dtype": str(model.dtype), "figures": result.figures(), **asdict(result)}
+    described = {"text": str(arguments.text), "dtype": str(model.dtype), "figures": result.figures(), **asdict(result)}
+    return described, [] if parts_file is None else [parts_file]
 
 
-def _evaluate_tasks(arguments: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
+def _evaluate_tasks(arguments: argparse.Namespace, settings: dict[str, Any]) -> Evaluated:
     try:
         from lm_eval.evaluator import simple_evaluate
         from lm_eval.tasks import TaskManager
@@ -128,12 +138,19 @@ def _evaluate_tasks(arguments: argparse.Namespace, settings: dict[str, Any]) -> 
     if not set(arguments.tasks) <= set(manager.all_tasks):
         manager = TaskManager(include_path=folder)  # reads thousands of files
     model, tokenizer = load_model(arguments)
-    lm = DiffusionLM(model, tokenizer=tokenizer, batch_size=arguments.batch_size, seed=arguments.seed, **settings)
-    cache = None
+    cache, counts_file = None, None
     if arguments.json is not None:
         # lm-eval keys what it keeps by request alone.
         key = hashlib.sha256(json.dumps([fingerprint(model), settings, arguments.seed]).encode()).hexdigest()[:16]
-        cache = _beside(arguments.json, f".{key}")
+        cache, counts_file = _beside(arguments.json, f".{key}"), _beside(arguments.json, f".{key}.counts")
+    lm = DiffusionLM(
+        model,
+        tokenizer=tokenizer,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+        counts_file=counts_file,
+        **settings,
+    )
     results = simple_evaluate(
         model=lm,
         tasks=arguments.tasks,
@@ -149,10 +166,9 @@ def _evaluate_tasks(arguments: argparse.Namespace, settings: dict[str, Any]) -> 
     for name in ("likelihood", "generation"):
         if results["config"][name]:
             print(f"{name}: " + ", ".join(f"{key}={value}" for key, value in results["config"][name].items()))
-    if cache is not None:
-        for file in cache.parent.glob(f"{cache.name}_rank*.db"):
-            file.unlink()
-    return results
+    if cache is None or counts_file is None:
+        return results, []
+    return results, [counts_file, *cache.parent.glob(f"{cache.name}_rank*.db")]
 
 
 def load_model(arguments: argparse.Namespace) -> tuple[Any, Any]:

@@ -24,10 +24,12 @@ class FinishedParts:
         self.parts: dict[int, dict[str, Any]] = {}
         if path is None:
             return
-        if path.exists():
-            self._read(path, settings)
-        else:
-            path.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+        # What was cut off while it was written is done again.
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        whole_lines = text[: text.rfind("\n") + 1]
+        if whole_lines:
+            self._read(whole_lines, settings)
+        path.write_text(whole_lines or json.dumps(settings) + "\n", encoding="utf-8")
 
     def add(self, number: int, part: dict[str, Any]) -> None:
         """Keep a part."""
@@ -41,16 +43,13 @@ class FinishedParts:
         if self.path is not None:
             self.path.unlink()
 
-    def _read(self, path: Path, settings: dict[str, Any]) -> None:
-        text = path.read_text(encoding="utf-8")
-        whole_lines = text[: text.rfind("\n") + 1]  # what was cut off while it was written is done again
-        first, *lines = whole_lines.splitlines() or ["{}"]
+    def _read(self, whole_lines: str, settings: dict[str, Any]) -> None:
+        first, *lines = whole_lines.splitlines()
         found = json.loads(first)
         if found != json.loads(json.dumps(settings)):
             other = [name for name in {**found, **settings} if found.get(name) != settings.get(name)]
             raise ValueError(
-                f"{str(path)!r} holds parts of an evaluation with other settings ({', '.join(sorted(other))}). Delete "
-                "it, or name another output."
+                f"{str(self.path)!r} holds parts of an evaluation with other settings ({', '.join(sorted(other))}). "
+                "Delete it, or name another output."
             )
         self.parts = dict(json.loads(line) for line in lines)
-        path.write_text(whole_lines, encoding="utf-8")

@@ -5,6 +5,7 @@ contexts and prefixes, rolling windows, chat templates, adapters (`peft=`).
 """
 
 import zlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers.generation import StoppingCriteria
 
 from ..generation.configuration import DIFFUSION_FIELDS
 from ..generation.mixin import DiffusionGenerationMixin
+from .finished_parts import FinishedParts
 
 
 class UntilStrings(StoppingCriteria):
@@ -47,6 +49,8 @@ class DiffusionLM(HFLM):
         num_draws, estimator: of `model.score`.
         seed: of everything that is drawn. A likelihood has the same draws whatever it is batched with; texts that are
             generated have consecutive seeds.
+        counts_file: keeps what is counted of every batch (passes, texts, ...), for a run that goes on from lm-eval's
+            cache of its requests (`use_cache`). Delete it with that cache.
         kwargs: fields of the strategies, for `score` and for `generate` (a request's own generation arguments come
             first); and whatever lm-eval's `hf` takes, `peft` among it.
 
@@ -60,13 +64,17 @@ class DiffusionLM(HFLM):
         num_draws: int | None = None,
         estimator: str | None = None,
         seed: int = 0,
+        counts_file: Path | None = None,
         **kwargs: Any,
     ) -> None:
         self.strategy_settings = {name: kwargs.pop(name) for name in DIFFUSION_FIELDS if name in kwargs}
         self.score_settings = {"num_draws": num_draws, "estimator": estimator, **self.strategy_settings}
         self.seed = seed
         self.likelihoods: dict[str, Any] = {}
-        self.generations = {"nfe": 0, "num_texts": 0, "tokens_per_forward": 0.0}
+        self.generations: dict[str, Any] = {"nfe": 0, "num_texts": 0, "tokens_per_forward": 0.0}
+        self.batches = FinishedParts(counts_file, {})
+        for batch in self.batches.parts.values():
+            self._add(**batch)
         super().__init__(pretrained=pretrained, **kwargs)
         get_base_model = getattr(self.model, "get_base_model", None)  # of an adapter, whose layers are in the model
         self.diffusion_model: Any = self.model if get_base_model is None else get_base_model()
@@ -152,14 +160,25 @@ class DiffusionLM(HFLM):
         return ((drawn.cpu() == labels) | (labels == -100)).all(dim=1)
 
     def _note(self, scored: Any) -> None:
-        noted = self.likelihoods
-        noted.update(estimator=scored.estimator, is_exact=scored.is_exact, sampler=scored.sampler)
-        noted["nfe"] = noted.get("nfe", 0) + scored.nfe
-        noted["num_texts"] = noted.get("num_texts", 0) + len(scored.num_tokens)
-        noted["num_tokens"] = noted.get("num_tokens", 0) + int(scored.num_tokens.sum())
+        said = {"estimator": scored.estimator, "is_exact": scored.is_exact, "sampler": scored.sampler}
         if scored.standard_error is not None:
-            largest = noted.get("largest_standard_error", 0.0)
-            noted["largest_standard_error"] = max(largest, float(scored.standard_error.max()))
+            largest = self.likelihoods.get("largest_standard_error", 0.0)
+            said["largest_standard_error"] = max(largest, float(scored.standard_error.max()))
+        num_tokens = int(scored.num_tokens.sum())
+        counts = {"nfe": scored.nfe, "num_texts": len(scored.num_tokens), "num_tokens": num_tokens}
+        self._count("likelihoods", counts, said)
+
+    def _count(self, of: str, counts: dict[str, Any], said: dict[str, Any]) -> None:
+        batch: dict[str, Any] = {"of": of, "counts": counts, "said": said}
+        self._add(**batch)
+        self.batches.add(len(self.batches.parts), batch)
+
+    def _add(self, of: str, counts: dict[str, Any], said: dict[str, Any]) -> None:
+        """Counts of a batch add up; what was said of the last one holds for all."""
+        noted = self.likelihoods if of == "likelihoods" else self.generations
+        for name, count in counts.items():
+            noted[name] = noted.get(name, 0) + count
+        noted.update(said)
 
     def _model_generate(
         self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
@@ -183,9 +202,12 @@ class DiffusionLM(HFLM):
             return_dict_in_generate=True,
             **settings,
         )
-        self.generations["nfe"] += output.nfe
-        self.generations["num_texts"] += len(context)
-        self.generations["tokens_per_forward"] += float(output.tokens_per_forward.sum())
+        tokens_per_forward = float(output.tokens_per_forward.sum())
+        counts = {"nfe": output.nfe, "num_texts": len(context), "tokens_per_forward": tokens_per_forward}
+        if settings.get("do_sample"):  # lm-eval draws these again
+            self._add("generations", counts, {})
+        else:
+            self._count("generations", counts, {})
         return output.sequences
 
     def get_model_info(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The likelihood of a text of any length, per token, per word and per byte, so that tokenizers can be compared."""
 
 import hashlib
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -82,12 +83,14 @@ def evaluate_text(
             more passes. None for windows that do not overlap.
         batch_size: windows read together. The result does not depend on it but for rounding.
         seed: of the first window's draws; the next one has the next seed.
-        parts_file: keeps what is finished, from which an interrupted evaluation goes on. Removed at the end.
-        settings: of `model.score`: strategy, `num_draws`, `estimator`, ... A last window of fewer tokens than
-            `num_streams` has as many streams as tokens.
+        parts_file: keeps what is finished, from which an interrupted evaluation goes on. It stays when all is
+            finished: delete it once the result is safe.
+        settings: of `model.score`: strategy, `num_draws`, `estimator`, ... What is scored of the last window may be
+            fewer tokens than `num_streams`; it then has as many streams as tokens.
 
     Raises:
-        ValueError: for a text without tokens, a window beyond the context, and whatever `score` refuses.
+        ValueError: for a text without tokens, a window beyond the context, more streams than a window has tokens to
+            score, parts of other settings, and whatever `score` refuses.
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
@@ -95,6 +98,13 @@ def evaluate_text(
     window = context if window is None else window
     if window > context:
         raise ValueError(f"`window` ({window}) is more than the model's context ({context} tokens). Lower it.")
+    num_streams, num_scored = settings.get("num_streams"), window if stride is None else stride
+    if num_streams is not None and num_streams > num_scored:
+        name = "window" if stride is None else "stride"
+        raise ValueError(
+            f"`num_streams` ({num_streams}) is more than the {num_scored} tokens that are scored of a window. "
+            f"Lower it, or raise `{name}`."
+        )
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
     windows = cut_windows(len(ids), window, stride)
     described = {
@@ -114,7 +124,10 @@ def evaluate_text(
             labels = batch.clone()
             labels[:, : windows[numbers[0]].scored_from - windows[numbers[0]].start] = -100
             seeds, num_scored = [seed + number for number in numbers], int((labels[0] != -100).sum())
-            scored = model.score(batch, labels=labels, seed=seeds, **_settings_for(num_scored, settings))
+            of_batch = settings
+            if num_streams is not None:
+                of_batch = {**settings, "num_streams": min(num_streams, num_scored)}
+            scored = model.score(batch, labels=labels, seed=seeds, **of_batch)
             for row, number in enumerate(numbers):
                 error = 0.0 if scored.standard_error is None else float(scored.standard_error[row])
                 part = {
@@ -130,7 +143,6 @@ def evaluate_text(
                 finished.add(number, part)
             bar.update(len(numbers))
     parts = [finished.parts[number] for number in range(len(windows))]
-    finished.remove_file()
     unknown = getattr(tokenizer, "unk_token_id", None)
     return TextLikelihood(
         log_likelihood=math.fsum(part["log_likelihood"] for part in parts),
@@ -149,9 +161,15 @@ def evaluate_text(
     )
 
 
-def fingerprint(model: torch.nn.Module) -> str:
-    """Of the weights: two models that differ have different ones, but for an unlikely accident."""
-    digest = hashlib.sha256()
+def fingerprint(model: Any) -> str:
+    """Of what a score depends on besides the text: weights, configuration, and the version of this package.
+
+    Two models that differ have different ones, but for an unlikely accident.
+    """
+    from .. import __version__
+
+    config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
+    digest = hashlib.sha256(json.dumps([__version__, config], sort_keys=True, default=str).encode())
     for name, weight in model.state_dict().items():
         flat = weight.detach().double().flatten()
         ramp = torch.linspace(1, 2, len(flat), dtype=flat.dtype, device=flat.device)
@@ -174,12 +192,6 @@ def _batches(windows: list[Window], finished: dict[int, Any], batch_size: int) -
         shape = of_window
     if batch:
         yield batch
-
-
-def _settings_for(num_tokens: int, settings: dict[str, Any]) -> dict[str, Any]:
-    """What is left at the end of a text may be shorter than streams are many."""
-    num_streams = settings.get("num_streams")
-    return settings if num_streams is None else {**settings, "num_streams": min(num_streams, num_tokens)}
 
 
 def _exp(value: float) -> float:

@@ -259,11 +259,16 @@ def test_the_command_writes_results_and_goes_on_after_an_interruption(tasks, cap
     monkeypatch.setattr(model_class, "score", interrupted_once)
     assert main(flags) == 130
     assert not output.exists()
-    assert main(flags) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr("hf_diffusion.cli.evaluate.environment", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main(flags) == 130
     assert len(calls) == 4 + 3  # six requests, of which three were finished
+    assert main(flags) == 0
+    assert len(calls) == 4 + 3
     written = json.loads(output.read_text())
     assert written["results"]["tiny_choice"]["acc,none"] == 1
     assert written["config"]["likelihood"]["sampler"] == 'generate(strategy="strided", num_streams=1)'
+    assert (written["config"]["likelihood"]["num_texts"], written["config"]["likelihood"]["nfe"]) == (6, 6)
     assert written["environment"]["torch"] == torch.__version__
     assert "tiny_choice" in capsys.readouterr().out
     assert [path.name for path in tasks.glob("out.json*")] == ["out.json"]

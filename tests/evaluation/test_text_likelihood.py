@@ -137,6 +137,20 @@ def test_what_is_left_at_the_end_has_as_many_streams_as_tokens(armd, tokenizer):
     assert result.log_likelihood == pytest.approx(expected, abs=1e-9)
 
 
+def test_in_windows_that_overlap_the_streams_are_of_what_is_scored(armd, tokenizer):
+    ids = torch.tensor([tokenizer(TEXT)["input_ids"][:15]])
+    settings = {"strategy": "strided", "num_streams": 4}
+    result = evaluate_text(armd, tokenizer, tokenizer.decode(ids[0]), window=8, stride=5, **settings)
+    expected = 0.0
+    for start, end, num_given, num_streams in ((0, 8, 0, 4), (5, 13, 3, 4), (7, 15, 6, 2)):
+        text = ids[:, start:end]
+        labels = text.masked_fill(torch.arange(8) < num_given, -100)
+        of_window = armd.score(text, labels=labels, strategy="strided", num_streams=num_streams)
+        expected += float(of_window.log_likelihood)
+    assert result.log_likelihood == pytest.approx(expected, abs=1e-9)
+    assert result.sampler == 'generate(strategy="strided", num_streams=4)'
+
+
 def test_one_token_is_scored_and_what_the_tokenizer_cannot_spell_is_counted():
     assert evaluate_text(tiny(), Letters(), "a").num_tokens == 1
     assert evaluate_text(tiny(), Letters(), "a-b!").num_unknown_tokens == 2
@@ -161,7 +175,17 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(armd, tokenizer, tmp_pat
     result = evaluate_text(armd, tokenizer, TEXT, window=6, batch_size=2, parts_file=parts)
     assert len(calls) == 1 + whole.nfe  # a pass for each call, and the one that was interrupted
     assert result == whole
-    assert not parts.exists()
+    assert evaluate_text(armd, tokenizer, TEXT, window=6, batch_size=2, parts_file=parts) == whole
+    assert len(calls) == 1 + whole.nfe  # until the file is deleted, nothing is done again
+
+
+@pytest.mark.parametrize("left", ["", '{"text": "5891b5b'])
+def test_what_was_cut_off_in_its_first_line_is_begun_anew(armd, tokenizer, tmp_path, left):
+    parts = tmp_path / "parts"
+    parts.write_text(left)
+    result = evaluate_text(armd, tokenizer, TEXT, window=6, parts_file=parts)
+    assert result == evaluate_text(armd, tokenizer, TEXT, window=6)
+    assert len(parts.read_text().splitlines()) == 1 + result.num_windows
 
 
 @pytest.mark.parametrize(
@@ -183,6 +207,21 @@ def test_parts_of_other_settings_are_refused(armd, tokenizer, tmp_path, monkeypa
         armd.lm_head.weight[0, 0] -= 1e-3
 
 
+def test_parts_of_another_configuration_or_version_are_refused(tmp_path, monkeypatch):
+    model, parts = tiny_lomdm(max_position_embeddings=8), tmp_path / "parts"
+    settings = {"num_draws": 2, "estimator": "power_time", "parts_file": parts}
+    kept = evaluate_text(model, Letters(), "abcdefghij", **settings)
+    model.config.name_or_path = "elsewhere"
+    assert evaluate_text(model, Letters(), "abcdefghij", **settings) == kept
+    with monkeypatch.context() as patched:
+        patched.setattr("hf_diffusion.__version__", "0.0.1")
+        with pytest.raises(ValueError, match="other settings .model."):
+            evaluate_text(model, Letters(), "abcdefghij", **settings)
+    model.config.least_time = 0.3
+    with pytest.raises(ValueError, match="other settings .model."):
+        evaluate_text(model, Letters(), "abcdefghij", **settings)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -191,6 +230,11 @@ def test_parts_of_other_settings_are_refused(armd, tokenizer, tmp_path, monkeypa
         ({"window": 0}, "`window` must be at least 1"),
         ({"window": 8, "stride": 8}, "`stride` must be at least 1 and less than the window of 8"),
         ({"batch_size": 0}, "`batch_size` must be at least 1"),
+        (
+            {"window": 16, "stride": 2, "strategy": "strided", "num_streams": 8},
+            "`num_streams` .8. is more than the 2 tokens that are scored of a window. Lower it, or raise `stride`",
+        ),
+        ({"window": 4, "strategy": "strided", "num_streams": 8}, "raise `window`"),
         ({"temperature": 0.5}, "`temperature`=0.5 has no effect in `score`"),
     ],
 )
@@ -212,6 +256,7 @@ def test_the_command_prints_a_table_and_writes_what_it_depends_on(tmp_path, caps
     assert (written["seed"], written["is_exact"], written["dtype"]) == (0, True, "torch.float64")
     assert 'exact likelihood of generate(strategy="strided", num_streams=2)' in printed
     assert f"bits per byte: {expected['bits_per_byte']['value']:.4f}" in printed
+    assert [path.name for path in tmp_path.glob("out.json*")] == ["out.json"]
     assert main(["evaluate", *flags[:2], "--strategy", "first_hitting", "--num-draws", "2", "--window", "16"]) == 0
     printed = capsys.readouterr().out
     assert 'bound of generate(strategy="first_hitting"), estimator orders' in printed
@@ -237,6 +282,19 @@ def test_the_command_takes_an_adapter(tmp_path, tokenizer):
     assert abs(found - evaluate_text(unchanged, tokenizer, TEXT).log_likelihood) > 0.1
 
 
+def test_parts_are_kept_until_the_result_is_written(tmp_path, monkeypatch, armd):
+    (tmp_path / "text").write_text(TEXT)
+    output = tmp_path / "out.json"
+    flags = ["evaluate", "--text", str(tmp_path / "text"), "--window", "16", "--json", str(output)]
+    with monkeypatch.context() as patched:
+        patched.setattr("hf_diffusion.cli.evaluate.environment", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main(flags) == 130
+    monkeypatch.setattr(type(armd), "score", lambda *args, **kwargs: pytest.fail("scored again"))
+    assert main(flags) == 0
+    assert "figures" in json.loads(output.read_text())
+    assert [path.name for path in tmp_path.glob("out.json*")] == ["out.json"]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -245,6 +303,7 @@ def test_the_command_takes_an_adapter(tmp_path, tokenizer):
         (["--text", "nowhere", "--limit", "3"], "`limit`=3 has no effect with `text`"),
         (["--tasks", "lambada", "--stride", "3"], "`stride`=3 has no effect with `tasks`"),
         (["--text", "nowhere", "--json", "no/such/folder.json"], "there is no such folder"),
+        (["--text", "nowhere", "--json", "."], "'.' is a folder. Name a file in it"),
         (["--text", "nowhere", "--device", "nowhere"], "`device`='nowhere' is not to be had here"),
     ],
 )
