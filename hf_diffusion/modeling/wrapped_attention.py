@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 
@@ -42,13 +42,19 @@ def wrapped_attention_forward(
     if on_the_right is None or turn is None or not is_rotary:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     assert attention_mask is not None
-    turned = rotate(module, query, *turn)
-    difference = (turned - query) @ repeat_kv(key, query.shape[1] // key.shape[1]).mT
+    # By the key heads that they read, so that keys and values need not be repeated: [batch, key heads, .., head_dim].
+    of_key_head = (key.shape[1], query.shape[1] // key.shape[1])
+    both = torch.stack([query, rotate(module, query, *turn)], dim=2).unflatten(1, of_key_head).transpose(2, 3)
     scaling = kwargs.get("scaling")
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    bias = torch.where(on_the_right, difference * scaling, 0)
-    bias = bias.masked_fill(~attention_mask, torch.finfo(bias.dtype).min)
-    return sdpa_attention_forward(module, query, key, value, bias, **kwargs)
+    both = both * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = (both.flatten(2, 4) @ key.mT).unflatten(2, both.shape[2:5])
+    own, wrapped = scores.unbind(dim=2)
+    scores = torch.where(on_the_right[:, :, None], wrapped, own)
+    scores = scores.masked_fill(~attention_mask[:, :, None], torch.finfo(scores.dtype).min)
+    shares = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
+    shares = nn.functional.dropout(shares, kwargs.get("dropout", 0.0), training=module.training)
+    read = (shares.flatten(2, 3) @ value).unflatten(2, shares.shape[2:4])
+    return read.flatten(1, 2).transpose(1, 2).contiguous(), None
 
 
 def rotate(module: nn.Module, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
