@@ -1,5 +1,6 @@
 """Timing side by side: every case in turn, several rounds, the best of each; then a table and a JSON file."""
 
+import argparse
 import json
 import time
 from collections.abc import Callable
@@ -10,6 +11,30 @@ from typing import Any
 import torch
 
 from hf_diffusion.evaluation import environment
+
+
+def shape_parser(
+    doc: str | None, hidden_size: int, layers: int, heads: int, vocab_size: int
+) -> argparse.ArgumentParser:
+    """Arguments of a benchmark for models of any shape, with the shape that it has if none is given."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden-size", type=int, default=hidden_size)
+    parser.add_argument("--layers", type=int, default=layers)
+    parser.add_argument("--heads", type=int, default=heads)
+    parser.add_argument("--vocab-size", type=int, default=vocab_size)
+    parser.add_argument("--seed", type=int, default=0, help="of weights and of what is drawn")
+    parser.add_argument("--json", type=Path)
+    return parser
+
+
+def read_shape(arguments: argparse.Namespace) -> dict[str, int]:
+    """Settings of a config, from the arguments of a `shape_parser`."""
+    return {
+        "hidden_size": arguments.hidden_size,
+        "num_hidden_layers": arguments.layers,
+        "num_attention_heads": arguments.heads,
+        "vocab_size": arguments.vocab_size,
+    }
 
 
 def best_seconds(

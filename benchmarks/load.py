@@ -5,14 +5,13 @@
 `from_pretrained` of a folder that the system has in its memory. What must move is the file, once.
 """
 
-import argparse
 import tempfile
 from functools import partial
 from pathlib import Path
 from time import process_time
 
 import torch
-from harness import Case, side_by_side
+from harness import Case, read_shape, shape_parser, side_by_side
 from transformers import AutoModel, GPT2Config, GPT2LMHeadModel
 
 from hf_diffusion import (
@@ -53,23 +52,12 @@ def loading_cases(shape: dict[str, int], folder: Path) -> dict[str, Case]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden-size", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--vocab-size", type=int, default=50257)
+    parser = shape_parser(__doc__, 512, 8, 8, 50257)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seed", type=int, default=0, help="of weights and of what is drawn")
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(arguments.seed)
-    shape = {
-        "hidden_size": arguments.hidden_size,
-        "num_hidden_layers": arguments.layers,
-        "num_attention_heads": arguments.heads,
-        "vocab_size": arguments.vocab_size,
-    }
+    shape = read_shape(arguments)
     with tempfile.TemporaryDirectory() as folder:
         cases = loading_cases(shape, Path(folder))
         measured = side_by_side(cases, BASELINE, arguments.rounds, torch.float32, process_time)

@@ -6,13 +6,11 @@ The baseline is the plain implementation of the reference in plain_mdlm.py, with
 reads again only after a step that has revealed something. `mdlm.py` compares more sizes and memory.
 """
 
-import argparse
 from functools import partial
-from pathlib import Path
 from time import process_time
 
 import torch
-from harness import Case, matrix_weights, side_by_side
+from harness import Case, matrix_weights, read_shape, shape_parser, side_by_side
 from plain_mdlm import PlainMDLM
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -76,26 +74,15 @@ def sampling_cases(shape: dict[str, int], batch_size: int, length: int, num_step
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden-size", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--vocab-size", type=int, default=50258)
+    parser = shape_parser(__doc__, 512, 8, 8, 50258)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--steps", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0, help="of weights and of what is drawn")
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(arguments.seed)
-    shape = {
-        "hidden_size": arguments.hidden_size,
-        "num_hidden_layers": arguments.layers,
-        "num_attention_heads": arguments.heads,
-        "vocab_size": arguments.vocab_size,
-    }
+    shape = read_shape(arguments)
     cases = sampling_cases(shape, arguments.batch_size, arguments.length, arguments.steps)
     baseline = baseline_name(arguments.steps)
     measured = side_by_side(cases, baseline, arguments.rounds, torch.float32, process_time)

@@ -6,13 +6,11 @@ Forward, backward and AdamW. The two-stream half of ARMD carries twice the rows,
 should cost.
 """
 
-import argparse
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from harness import Case, armd_weights, matrix_weights, side_by_side
+from harness import Case, armd_weights, matrix_weights, read_shape, shape_parser, side_by_side
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_diffusion import (
@@ -109,26 +107,15 @@ def training_cases(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden-size", type=int, default=768)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--heads", type=int, default=12)
-    parser.add_argument("--vocab-size", type=int, default=50257)
+    parser = shape_parser(__doc__, 768, 12, 12, 50257)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--families", action="store_true", help="MDLM and LoMDM too")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and of what is drawn")
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
-    shape = {
-        "hidden_size": arguments.hidden_size,
-        "num_hidden_layers": arguments.layers,
-        "num_attention_heads": arguments.heads,
-        "vocab_size": arguments.vocab_size,
-    }
+    shape = read_shape(arguments)
     cases = training_cases(shape, arguments.batch_size, arguments.length, arguments.bf16, arguments.families)
     dtype = torch.bfloat16 if arguments.bf16 else torch.float32
     measured = side_by_side(cases, BASELINE, arguments.rounds, dtype, time.perf_counter)
