@@ -25,6 +25,8 @@ def wrapped_attention_forward(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
     on_the_right: torch.Tensor | None = None,
     turn: tuple[torch.Tensor, torch.Tensor] | None = None,
     rotary_layers: list[bool] | None = None,
@@ -40,19 +42,18 @@ def wrapped_attention_forward(
     """
     is_rotary = rotary_layers is None or rotary_layers[module.layer_idx]  # type: ignore[index]
     if on_the_right is None or turn is None or not is_rotary:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     assert attention_mask is not None
     # By the key heads that they read, so that keys and values need not be repeated: [batch, key heads, .., head_dim].
     of_key_head = (key.shape[1], query.shape[1] // key.shape[1])
     both = torch.stack([query, rotate(module, query, *turn)], dim=2).unflatten(1, of_key_head).transpose(2, 3)
-    scaling = kwargs.get("scaling")
     both = both * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = (both.flatten(2, 4) @ key.mT).unflatten(2, both.shape[2:5])
     own, wrapped = scores.unbind(dim=2)
     scores = torch.where(on_the_right[:, :, None], wrapped, own)
     scores = scores.masked_fill(~attention_mask[:, :, None], torch.finfo(scores.dtype).min)
     shares = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
-    shares = nn.functional.dropout(shares, kwargs.get("dropout", 0.0), training=module.training)
+    shares = nn.functional.dropout(shares, dropout, training=module.training)
     read = (shares.flatten(2, 3) @ value).unflatten(2, shares.shape[2:4])
     return read.flatten(1, 2).transpose(1, 2).contiguous(), None
 
