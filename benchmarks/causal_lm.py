@@ -1,14 +1,15 @@
 """A pretrained causal model in parallel streams: what it costs in nats per token, and what it gains in speed.
 
-    python benchmarks/causal_lm.py MODEL TEXT [--adapter FOLDER ...] [--num-windows 8] [--picture excess.svg]
+    python benchmarks/causal_lm.py MODEL TEXT [--adapter FOLDER ...]... [--num-windows 8] [--picture excess.svg]
     python benchmarks/causal_lm.py MODEL TEXT --infill [--adapter FOLDER] [--num-windows 8]
     python benchmarks/causal_lm.py MODEL --speed [--new-tokens 256]
 
 The first prints the excess of the exact negative log-likelihood in strided orders over that of the same model from left
 to right, on the first windows of TEXT after a start token, with standard errors over windows; and where in a stream it
-sits. An adapter is what `hf-diffusion train --from-causal-lm MODEL` writes. The second fills the middle quarter of the
-windows from left to right, with the given text read in several orders. The third prints tokens per second beside the
-model's own `generate` with its cache. MODEL is a folder or Hub name.
+sits. An adapter is what `hf-diffusion train --from-causal-lm MODEL` writes; those of one `--adapter` are seeds of one
+recipe: the row is their mean, with its standard error over seeds in a column of its own. The second fills the middle
+quarter of the windows from left to right, with the given text read in several orders. The third prints tokens per
+second beside the model's own `generate` with its cache. MODEL is a folder or Hub name.
 """
 
 import argparse
@@ -49,7 +50,7 @@ def negative_log_likelihood(model: Any, windows: torch.Tensor, steps: torch.Tens
 
 
 def mean_and_error(values: torch.Tensor) -> str:
-    """Mean and standard error over the rows of `values` [windows, ...]."""
+    """Mean and standard error over the rows of `values` [windows or seeds, ...]."""
     of_windows = values.flatten(1).mean(dim=1)
     return f"{of_windows.mean():+.3f} ± {of_windows.std() / len(of_windows) ** 0.5:.3f}"
 
@@ -60,31 +61,46 @@ def first_windows(tokenizer: Any, text: Path, count: int, length: int, start_tok
     return torch.nn.functional.pad(ids[: count * length].view(count, length), (1, 0), value=start_token)
 
 
+def _costs(
+    arguments: argparse.Namespace, causal_lm: Any, windows: torch.Tensor, later_text: str, adapter: Path | None
+) -> tuple[torch.Tensor, dict[tuple[str, int], torch.Tensor]]:
+    """Nats [windows, length] from left to right, and what the orders cost above them, by heads and streams."""
+    model: Any = from_causal_lm(causal_lm, later_text=later_text, gap_token_id=arguments.start_token)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter).eval()
+    length = arguments.window_length
+    left_to_right = negative_log_likelihood(model, windows, torch.arange(length))
+    costs = {}
+    for heads, num_streams in itertools.product(arguments.heads, arguments.num_streams):
+        steps = orders.strided_steps(length, num_streams, staggered=heads == "staggered")
+        costs[heads, num_streams] = negative_log_likelihood(model, windows, steps) - left_to_right
+    if adapter is not None:
+        model.unload()
+    return left_to_right, costs
+
+
 def excess(arguments: argparse.Namespace, causal_lm: Any, tokenizer: Any) -> None:
     count, length = arguments.num_windows, arguments.window_length
     windows = first_windows(tokenizer, arguments.text, count, length, arguments.start_token)
     rows, curves = [], {}
     for later_text in arguments.later_text:
-        for adapter in (None, *arguments.adapter):
-            model: Any = from_causal_lm(causal_lm, later_text=later_text, gap_token_id=arguments.start_token)
-            if adapter is not None:
-                model = PeftModel.from_pretrained(model, adapter).eval()
-            left_to_right = negative_log_likelihood(model, windows, torch.arange(length))
-            for heads in arguments.heads:
-                name = f"{later_text}, {heads}, {'no training' if adapter is None else adapter.name}"
-                for num_streams in arguments.num_streams:
-                    steps = orders.strided_steps(length, num_streams, staggered=heads == "staggered")
-                    costs = negative_log_likelihood(model, windows, steps) - left_to_right
-                    streams = costs[:, : length // num_streams * num_streams].unflatten(1, (num_streams, -1))
-                    half = streams.shape[2] // 2
-                    parts = (costs, streams[:, 0], streams[:, -1], streams[:, 1:, :2], streams[:, :, half:])
-                    nll = f"{left_to_right.mean():.3f}"
-                    rows.append([name, num_streams, nll, *map(mean_and_error, parts)])
-                    curves[name, num_streams] = streams
-                    print(rows[-1], flush=True)
-            if adapter is not None:
-                model.unload()
-    columns = ["model", "S", "left to right", "excess", "first stream", "last", "first two tokens", "second halves"]
+        for adapters in ([None], *arguments.adapter):
+            measured = [_costs(arguments, causal_lm, windows, later_text, adapter) for adapter in adapters]
+            recipe = "no training" if adapters == [None] else ", ".join(adapter.name for adapter in adapters)
+            for heads, num_streams in itertools.product(arguments.heads, arguments.num_streams):
+                costs = torch.stack([costs[heads, num_streams] for _, costs in measured])  # [seeds, windows, length]
+                streams = costs.mean(dim=0)[:, : length // num_streams * num_streams].unflatten(1, (num_streams, -1))
+                half = streams.shape[2] // 2
+                parts = (costs.mean(dim=0), streams[:, 0], streams[:, -1], streams[:, 1:, :2], streams[:, :, half:])
+                excess, *places = map(mean_and_error, parts)
+                over_seeds = mean_and_error(costs) if len(adapters) > 1 else ""
+                nll = f"{torch.stack([left_to_right for left_to_right, _ in measured]).mean():.3f}"
+                name = f"{later_text}, {heads}, {recipe}"
+                rows.append([name, num_streams, nll, excess, over_seeds, *places])
+                curves[name, num_streams] = streams
+                print(rows[-1], flush=True)
+    columns = ["model", "S", "left to right", "excess", "over seeds", "first stream", "last", "first two tokens"]
+    columns.append("second halves")
     title = f"nats per token over left to right, {count} windows of {length} tokens"
     report(title, columns, rows, arguments.json)
     if arguments.picture is not None:
@@ -98,7 +114,7 @@ def infill(arguments: argparse.Namespace, causal_lm: Any, tokenizer: Any) -> Non
     windows = first_windows(tokenizer, arguments.text, count, length, arguments.start_token)
     model: Any = from_causal_lm(causal_lm, gap_token_id=arguments.start_token)
     if arguments.adapter:
-        model = PeftModel.from_pretrained(model, arguments.adapter[0]).eval()
+        model = PeftModel.from_pretrained(model, arguments.adapter[0][0]).eval()
     middle = torch.arange(length * 3 // 8, length * 5 // 8) + 1
     start, before, after = (
         torch.tensor([0]),
@@ -201,7 +217,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("text", nargs="?", type=Path)
-    parser.add_argument("--adapter", type=Path, nargs="+", default=[], help="compared with the model without one")
+    parser.add_argument(
+        "--adapter", type=Path, nargs="+", action="append", default=[], help="seeds of one recipe; may come repeatedly"
+    )
     parser.add_argument("--start-token", type=int, default=0, help="stands before every text, and in the gaps")
     parser.add_argument("--num-windows", type=int, default=8)
     parser.add_argument("--window-length", type=int, default=512)

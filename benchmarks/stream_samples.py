@@ -1,11 +1,17 @@
-"""Text that a causal model has written in parallel streams, before a judge: and with its seams written over again.
+"""Text that a causal model writes in parallel streams, before judges; and what might mend where streams begin.
 
-    python benchmarks/stream_samples.py MODEL TEXT [--adapter FOLDER] [--judge MODEL] [--num-texts 8]
+    python benchmarks/stream_samples.py MODEL TEXT [--adapter FOLDER] [--judge MODEL ...] [--num-texts 16]
 
-Texts go on from prompts out of TEXT, at temperature 1. The judge is another causal model with the same tokenizer, where
-you have one; by default it is MODEL itself, from left to right, which is not independent. Nats per token of the judge,
-of all new tokens and of the first four of every later stream, say little without the entropy of the tokens of a text:
-dull text is likely. "revised" draws those four anew when everything else is there, in 2 + S passes more.
+Texts go on from prompts out of TEXT, at temperature 1 from a nucleus of 0.95, in these ways:
+
+- written: as `generate` does it;
+- revised M: the first M tokens of every later stream drawn anew once everything else is there;
+- best of K: K drafts of the first 8 tokens of every stream; each stream keeps the draft whose tokens 2 to 8 the model
+  finds most likely after the first one, and goes on from it.
+
+A judge is any causal model, by folder or Hub name, with any tokenizer; MODEL itself, from left to right, is the first
+one, and is not independent. Judges' nats are divided by MODEL's tokens, so that judges compare. They say little without
+the entropy of a text's tokens: dull text is likely.
 """
 
 import argparse
@@ -19,36 +25,78 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_diffusion.conversion import from_causal_lm
+from hf_diffusion.evaluation import Judge
+from hf_diffusion.evaluation.samples import unigram_entropy
 
 
-SEAM = 4
+SEAM = 4  # tokens of a later stream that are judged apart
+DRAFT = 8
 
 
-def write(model: Any, prompts: torch.Tensor, num_tokens: int, num_streams: int) -> torch.Tensor:
-    settings = {"strategy": "strided", "num_streams": num_streams, "max_new_tokens": num_tokens}
-    real = torch.ones_like(prompts)
-    return model.generate(input_ids=prompts, attention_mask=real, eos_token_id=None, seed=0, **settings)
+class Writer:
+    """
+    Args:
+        prompts: long [batch, prompt length].
+        length: number of new tokens, a multiple of all numbers of streams.
+        shared: arguments of `generate`.
+    """
+
+    def __init__(self, model: Any, prompts: torch.Tensor, length: int, **shared: Any) -> None:
+        self.model, self.prompts, self.length = model, prompts, length
+        self.shared = {"strategy": "strided", "eos_token_id": None, **shared}
+
+    def starts(self, num_streams: int) -> torch.Tensor:
+        """Positions [streams - 1, 1] at which the later streams begin."""
+        return self.prompts.shape[1] + (self.length // num_streams * torch.arange(1, num_streams))[:, None]
+
+    def write(self, num_streams: int, seed: int = 0) -> torch.Tensor:
+        real = torch.ones_like(self.prompts)
+        settings = {**self.shared, "num_streams": num_streams, "max_new_tokens": self.length, "seed": seed}
+        return self.model.generate(input_ids=self.prompts, attention_mask=real, **settings)
+
+    def fill(self, texts: torch.Tensor, places: torch.Tensor, num_streams: int) -> torch.Tensor:
+        """`texts` with the tokens at `places` (any shape) drawn anew."""
+        masked = texts.index_fill(1, places.flatten(), self.model.config.mask_token_id)
+        settings = {**self.shared, "num_streams": num_streams, "seed": 1}
+        return self.model.generate(input_ids=masked, attention_mask=torch.ones_like(masked), **settings)
+
+    def revise(self, texts: torch.Tensor, num_streams: int, size: int) -> torch.Tensor:
+        return self.fill(texts, self.starts(num_streams) + torch.arange(size), num_streams - 1)
+
+    def best_of(self, count: int, num_streams: int) -> torch.Tensor:
+        """The first tokens of a stream hang on nothing that comes after them, so whole texts will do as drafts."""
+        start = self.prompts.shape[1]
+        drafts = torch.stack([self.write(num_streams, seed) for seed in range(count)])
+        labels = drafts.clone()
+        labels[..., :start] = -100
+        scores = [
+            self.model.score(text, labels=label, strategy="strided", num_streams=num_streams)
+            for text, label in zip(drafts.flatten(0, 1).split(1), labels.flatten(0, 1).split(1), strict=True)
+        ]
+        likely = torch.cat([score.token_log_likelihood for score in scores]).view_as(drafts)
+        streams, likely = (each[..., start:].unflatten(-1, (num_streams, -1)) for each in (drafts, likely))
+        best = likely[..., 1:DRAFT].sum(dim=-1).argmax(dim=0)  # [batch, streams]
+        chosen = streams.gather(0, best[None, ..., None].expand_as(streams[:1]))[0]
+        begins = torch.cat([torch.tensor([[start]]), self.starts(num_streams)])
+        rest = begins + torch.arange(DRAFT, self.length // num_streams)
+        return self.fill(torch.cat([self.prompts, chosen.flatten(1)], dim=1), rest, num_streams)
 
 
-def revise(model: Any, texts: torch.Tensor, seams: torch.Tensor) -> torch.Tensor:
-    """`texts` [batch, length] with the positions `seams` [streams, 4] drawn anew, in as many streams."""
-    masked = texts.index_fill(1, seams.flatten(), model.config.mask_token_id)
-    settings = {"strategy": "strided", "num_streams": len(seams)}
-    real = torch.ones_like(masked)
-    return model.generate(input_ids=masked, attention_mask=real, eos_token_id=None, seed=1, **settings)
+def nats_up_to(judge: Judge, tokenizer: Any, texts: torch.Tensor, end: int) -> torch.Tensor:
+    """Nats [batch] of the first `end` tokens of `texts` [batch, length], the first one left out."""
+    return judge.read(tokenizer.batch_decode(texts[:, :end], skip_special_tokens=True)).nats
 
 
-@torch.no_grad()
-def judged(judge: Any, texts: torch.Tensor) -> torch.Tensor:
-    """Nats [batch, length - 1] of every token but the first."""
-    log_probs = torch.cat([judge(text).logits[:, :-1].float().log_softmax(dim=-1) for text in texts.split(1)])
-    return -log_probs.gather(-1, texts[:, 1:, None])[..., 0]
-
-
-def entropy(texts: torch.Tensor) -> float:
-    """Of the distribution of tokens in a text, in nats, the mean over texts."""
-    shares = [text.unique(return_counts=True)[1] / len(text) for text in texts]
-    return sum(float(torch.special.entr(share).sum()) for share in shares) / len(shares)
+def judged(judge: Judge, tokenizer: Any, texts: torch.Tensor, start: int, seams: torch.Tensor) -> tuple[str, str]:
+    """Nats per token from position `start` on, and of `SEAM` tokens from each of the positions `seams`."""
+    whole = nats_up_to(judge, tokenizer, texts, texts.shape[1]) - nats_up_to(judge, tokenizer, texts, start)
+    at_seams = [
+        nats_up_to(judge, tokenizer, texts, seam + SEAM) - nats_up_to(judge, tokenizer, texts, seam)
+        for seam in seams.flatten().tolist()
+    ]
+    rows = torch.stack(at_seams, dim=1) / SEAM if at_seams else None
+    whole = whole[:, None] / (texts.shape[1] - start)
+    return mean_and_error(whole), "" if rows is None else mean_and_error(rows)
 
 
 def main() -> None:
@@ -56,46 +104,63 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("text", type=Path)
     parser.add_argument("--adapter", type=Path)
-    parser.add_argument("--judge", help="folder or Hub name (default: MODEL)")
+    parser.add_argument("--judge", nargs="*", default=[], help="folders or Hub names, besides MODEL")
     parser.add_argument("--start-token", type=int, default=0)
-    parser.add_argument("--num-texts", type=int, default=8)
+    parser.add_argument("--num-texts", type=int, default=16)
     parser.add_argument("--prompt-length", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=256)
-    parser.add_argument("--num-streams", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--num-streams", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--top-p", type=float, default=0.95)
+    parser.add_argument("--revise", type=int, nargs="*", default=[4, 16], help="tokens of a stream")
+    parser.add_argument("--best-of", type=int, nargs="*", default=[4])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--show", action="store_true", help="print the first text of each kind")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    judge = AutoModelForCausalLM.from_pretrained(arguments.judge or arguments.model, dtype=torch.float32).eval()
+    judges = []
+    for name in (arguments.model, *arguments.judge):
+        judge = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
+        judges.append(Judge(judge, AutoTokenizer.from_pretrained(name)))
     model: Any = from_causal_lm(arguments.model, gap_token_id=arguments.start_token, dtype=torch.float32).eval()
     if arguments.adapter is not None:
         model = PeftModel.from_pretrained(model, arguments.adapter).eval()
-    length = arguments.prompt_length + arguments.new_tokens
-    real_texts = first_windows(tokenizer, arguments.text, arguments.num_texts, length, arguments.start_token)
-    prompts = real_texts[:, : arguments.prompt_length + 1]
+    length = arguments.new_tokens
+    windows = first_windows(
+        tokenizer, arguments.text, arguments.num_texts, arguments.prompt_length + length, arguments.start_token
+    )
+    prompts = windows[:, : arguments.prompt_length + 1]
+    # The texts have a fixed length, so an end is never drawn.
+    writer = Writer(model, prompts, length, top_p=arguments.top_p, suppress_tokens=tokenizer.all_special_ids)
+    start = prompts.shape[1]
+    rows: list[list[Any]] = []
 
-    def seams_of(num_streams: int) -> torch.Tensor:
-        starts = torch.arange(1, num_streams) * (arguments.new_tokens // num_streams)
-        return prompts.shape[1] + starts[:, None] + torch.arange(SEAM)
-
-    texts = {("the text itself", 4): real_texts}
-    for num_streams in arguments.num_streams:
-        texts["written", num_streams] = write(model, prompts, arguments.new_tokens, num_streams)
-        if num_streams > 1:
-            seams = seams_of(num_streams)
-            texts["revised", num_streams] = revise(model, texts["written", num_streams], seams)
-    rows = []
-    for (name, num_streams), each in texts.items():
-        nats, seams = judged(judge, each), seams_of(num_streams)
-        new = each[:, prompts.shape[1] :]
-        at_seams = mean_and_error(nats[:, seams.flatten() - 1]) if num_streams > 1 else ""
-        rows.append([name, num_streams, mean_and_error(nats[:, prompts.shape[1] - 1 :]), at_seams, entropy(new)])
+    def add(name: str, num_streams: int, passes: int | None, texts: torch.Tensor) -> None:
+        results = [judged(judge, tokenizer, texts, start, writer.starts(num_streams)) for judge in judges]
+        entropy = sum(map(unigram_entropy, texts[:, start:].tolist())) / len(texts)
+        rows.append([name, num_streams, passes, *(cell for result in results for cell in result), entropy])
         print(rows[-1], flush=True)
         if arguments.show:
-            print(tokenizer.decode(new[0]), "\n", flush=True)
-    columns = ["texts", "S", "judge", "judge, first four of later streams", "entropy"]
-    title = f"{len(prompts)} texts of {arguments.new_tokens} tokens after {arguments.prompt_length}"
-    report(title, columns, rows, arguments.json)
+            print(tokenizer.decode(texts[0, start:]), "\n", flush=True)
+
+    add("the text itself", max(arguments.num_streams), None, windows)
+    for num_streams in arguments.num_streams:
+        texts, passes = writer.write(num_streams), num_streams + length // num_streams - 1
+        add("written", num_streams, passes, texts)
+        if num_streams > 1:
+            for size in arguments.revise:
+                more = 1 + num_streams - 1 + size - 1  # the whole text is read in one pass
+                add(f"revised {size}", num_streams, passes + more, writer.revise(texts, num_streams, size))
+            for count in arguments.best_of:
+                more = count * (num_streams + DRAFT - 1) + 1 - DRAFT  # drafts one after the other, one prefill
+                add(f"best of {count}", num_streams, passes + more, writer.best_of(count, num_streams))
+    columns = ["texts", "S", "passes"]
+    for name in (arguments.model, *arguments.judge):
+        short = Path(name).name
+        columns += [f"judge {short}", f"first {SEAM} of later streams"]
+    title = f"{len(windows)} texts of {length} tokens after {arguments.prompt_length}, nats per token"
+    report(title, [*columns, "entropy"], rows, arguments.json)
 
 
 if __name__ == "__main__":
