@@ -32,7 +32,6 @@ from .layers_mdlm import take_rows
 from .loss import chunked_nll
 from .modeling_mdlm import MDLMForMaskedDiffusion, Modulations
 from .outputs import MaskedDiffusionOutput
-from .published_mdlm import register_published_layout
 from .rows_mdlm import places_in_text
 from .scheduler_head import SchedulerHead
 
@@ -301,7 +300,5 @@ class LoMDMForMaskedDiffusion(MDLMForMaskedDiffusion):
             described = diagnostics(copies.log_probs, exponents, copies.exponents, masks.masked, losses, to_predict)
         return LoMDMOutput(loss=loss, diagnostics=described)
 
-
-register_published_layout(LoMDMConfig.model_type)  # of its backbone
 
 __all__ = ["LoMDMForMaskedDiffusion", "LoMDMOutput"]

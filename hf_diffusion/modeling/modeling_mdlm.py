@@ -33,7 +33,7 @@ from .inputs_mdlm import check_cache, check_noised, read_noise_level, read_text
 from .layers_mdlm import MDLMLayer, NoiseEmbedding, modulate, take_rows
 from .loss import chunked_cross_entropy
 from .outputs import MaskedDiffusionOutput, QueryModelOutput
-from .published_mdlm import PublishedModel, PublishedModelWithHead, register_published_layout
+from .published_mdlm import PublishedModel, PublishedModelWithHead
 from .rows_mdlm import Rows, places_in_text, whole_text
 
 
@@ -388,7 +388,5 @@ def _mask_rows(mask: torch.Tensor | None, query_positions: torch.Tensor) -> torc
         return None
     return torch.take_along_dim(mask, query_positions.clamp(min=0)[:, None, :, None], dim=2)
 
-
-register_published_layout(MDLMConfig.model_type)
 
 __all__ = ["MDLMForMaskedDiffusion", "MDLMModel"]

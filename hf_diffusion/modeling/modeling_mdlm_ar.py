@@ -18,7 +18,7 @@ from .absent_arguments import without_absent_arguments
 from .configuration_mdlm_ar import MDLMARConfig
 from .layers_mdlm import PreNormLayer
 from .loss import chunked_cross_entropy, read_shift_labels
-from .published_mdlm import PublishedModel, PublishedModelWithHead, register_published_layout
+from .published_mdlm import PublishedModel, PublishedModelWithHead
 
 
 class MDLMARModel(PublishedModel):
@@ -133,7 +133,5 @@ class MDLMARForCausalLM(PublishedModelWithHead, GenerationMixin):
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
 
-
-register_published_layout(MDLMARConfig.model_type)
 
 __all__ = ["MDLMARForCausalLM", "MDLMARModel"]

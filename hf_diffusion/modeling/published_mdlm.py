@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.conversion_mapping import USER_REGISTERED_MAPPINGS, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
 
 from .initial_std import linear_with_std
@@ -29,6 +29,12 @@ class PublishedModel(CheckedPreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$"]  # published files hold it; the config says it
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        # Here and not on import: for the first layout transformers puts together those of all models that it knows.
+        if config.model_type not in USER_REGISTERED_MAPPINGS:
+            register_checkpoint_conversion_mapping(config.model_type, _renamings())
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -64,11 +70,6 @@ class PublishedModelWithHead(PublishedModel):
         # Behind the back of autograd, which would copy all gradients for it; a softmax gives this column none.
         logits.detach()[..., self.mask_token_id] = -torch.inf
         return logits
-
-
-def register_published_layout(model_type: str) -> None:
-    """Make transformers read published weights into models of `model_type`; safe to call twice."""
-    register_checkpoint_conversion_mapping(model_type, _renamings(), overwrite=True)
 
 
 def _renamings() -> list[WeightRenaming | WeightConverter]:
