@@ -61,7 +61,7 @@ def first_windows(tokenizer: Any, text: Path, count: int, length: int, start_tok
     return torch.nn.functional.pad(ids[: count * length].view(count, length), (1, 0), value=start_token)
 
 
-def _costs(
+def costs_of_orders(
     arguments: argparse.Namespace, causal_lm: Any, windows: torch.Tensor, later_text: str, adapter: Path | None
 ) -> tuple[torch.Tensor, dict[tuple[str, int], torch.Tensor]]:
     """Nats [windows, length] from left to right, and what the orders cost above them, by heads and streams."""
@@ -85,7 +85,7 @@ def excess(arguments: argparse.Namespace, causal_lm: Any, tokenizer: Any) -> Non
     rows, curves = [], {}
     for later_text in arguments.later_text:
         for adapters in ([None], *arguments.adapter):
-            measured = [_costs(arguments, causal_lm, windows, later_text, adapter) for adapter in adapters]
+            measured = [costs_of_orders(arguments, causal_lm, windows, later_text, adapter) for adapter in adapters]
             recipe = "no training" if adapters == [None] else ", ".join(adapter.name for adapter in adapters)
             for heads, num_streams in itertools.product(arguments.heads, arguments.num_streams):
                 costs = torch.stack([costs[heads, num_streams] for _, costs in measured])  # [seeds, windows, length]
@@ -238,6 +238,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if (arguments.text is None) != arguments.speed:
         parser.error("pass either a text or --speed")
+    if arguments.infill and sum(map(len, arguments.adapter)) > 1:
+        parser.error("--infill takes one --adapter")
     torch.set_num_threads(arguments.threads)
     causal_lm = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype)).eval()
     if arguments.speed:

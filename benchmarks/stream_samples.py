@@ -34,7 +34,8 @@ DRAFT = 8
 
 
 class Writer:
-    """
+    """Each way to write gives texts, long [batch, length of prompt and text], and the passes over the model they take.
+
     Args:
         prompts: long [batch, prompt length].
         length: number of new tokens, a multiple of all numbers of streams.
@@ -49,24 +50,17 @@ class Writer:
         """Positions [streams - 1, 1] at which the later streams begin."""
         return self.prompts.shape[1] + (self.length // num_streams * torch.arange(1, num_streams))[:, None]
 
-    def write(self, num_streams: int, seed: int = 0) -> torch.Tensor:
-        real = torch.ones_like(self.prompts)
-        settings = {**self.shared, "num_streams": num_streams, "max_new_tokens": self.length, "seed": seed}
-        return self.model.generate(input_ids=self.prompts, attention_mask=real, **settings)
+    def write(self, num_streams: int, seed: int = 0) -> tuple[torch.Tensor, int]:
+        return self._generate(self.prompts, num_streams, seed, max_new_tokens=self.length)
 
-    def fill(self, texts: torch.Tensor, places: torch.Tensor, num_streams: int) -> torch.Tensor:
-        """`texts` with the tokens at `places` (any shape) drawn anew."""
-        masked = texts.index_fill(1, places.flatten(), self.model.config.mask_token_id)
-        settings = {**self.shared, "num_streams": num_streams, "seed": 1}
-        return self.model.generate(input_ids=masked, attention_mask=torch.ones_like(masked), **settings)
+    def revise(self, texts: torch.Tensor, num_streams: int, size: int) -> tuple[torch.Tensor, int]:
+        """The passes are those of the revision alone."""
+        return self._fill(texts, self.starts(num_streams) + torch.arange(size), num_streams - 1)
 
-    def revise(self, texts: torch.Tensor, num_streams: int, size: int) -> torch.Tensor:
-        return self.fill(texts, self.starts(num_streams) + torch.arange(size), num_streams - 1)
-
-    def best_of(self, count: int, num_streams: int) -> torch.Tensor:
+    def best_of(self, count: int, num_streams: int) -> tuple[torch.Tensor, int]:
         """The first tokens of a stream hang on nothing that comes after them, so whole texts will do as drafts."""
         start = self.prompts.shape[1]
-        drafts = torch.stack([self.write(num_streams, seed) for seed in range(count)])
+        drafts = torch.stack([self.write(num_streams, seed)[0] for seed in range(count)])
         labels = drafts.clone()
         labels[..., :start] = -100
         scores = [
@@ -79,7 +73,25 @@ class Writer:
         chosen = streams.gather(0, best[None, ..., None].expand_as(streams[:1]))[0]
         begins = torch.cat([torch.tensor([[start]]), self.starts(num_streams)])
         rest = begins + torch.arange(DRAFT, self.length // num_streams)
-        return self.fill(torch.cat([self.prompts, chosen.flatten(1)], dim=1), rest, num_streams)
+        texts, passes = self._fill(torch.cat([self.prompts, chosen.flatten(1)], dim=1), rest, num_streams)
+        return texts, count * (num_streams + DRAFT - 1) + passes
+
+    def _fill(self, texts: torch.Tensor, places: torch.Tensor, num_streams: int) -> tuple[torch.Tensor, int]:
+        """`texts` with the tokens at `places` (any shape) drawn anew."""
+        masked = texts.index_fill(1, places.flatten(), self.model.config.mask_token_id)
+        return self._generate(masked, num_streams, seed=1)
+
+    def _generate(self, texts: torch.Tensor, num_streams: int, seed: int, **settings: Any) -> tuple[torch.Tensor, int]:
+        outputs = self.model.generate(
+            input_ids=texts,
+            attention_mask=torch.ones_like(texts),
+            num_streams=num_streams,
+            seed=seed,
+            return_dict_in_generate=True,
+            **self.shared,
+            **settings,
+        )
+        return outputs.sequences, outputs.nfe
 
 
 def nats_up_to(judge: Judge, tokenizer: Any, texts: torch.Tensor, end: int) -> torch.Tensor:
@@ -117,6 +129,9 @@ def main() -> None:
     parser.add_argument("--show", action="store_true", help="print the first text of each kind")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    length = arguments.new_tokens
+    if any(length % count for count in arguments.num_streams):
+        parser.error(f"--new-tokens {length} must be a multiple of each of --num-streams {arguments.num_streams}")
     torch.set_num_threads(arguments.threads)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     judges = []
@@ -126,7 +141,6 @@ def main() -> None:
     model: Any = from_causal_lm(arguments.model, gap_token_id=arguments.start_token, dtype=torch.float32).eval()
     if arguments.adapter is not None:
         model = PeftModel.from_pretrained(model, arguments.adapter).eval()
-    length = arguments.new_tokens
     windows = first_windows(
         tokenizer, arguments.text, arguments.num_texts, arguments.prompt_length + length, arguments.start_token
     )
@@ -146,15 +160,15 @@ def main() -> None:
 
     add("the text itself", max(arguments.num_streams), None, windows)
     for num_streams in arguments.num_streams:
-        texts, passes = writer.write(num_streams), num_streams + length // num_streams - 1
+        texts, passes = writer.write(num_streams)
         add("written", num_streams, passes, texts)
         if num_streams > 1:
             for size in arguments.revise:
-                more = 1 + num_streams - 1 + size - 1  # the whole text is read in one pass
-                add(f"revised {size}", num_streams, passes + more, writer.revise(texts, num_streams, size))
+                revised, more = writer.revise(texts, num_streams, size)
+                add(f"revised {size}", num_streams, passes + more, revised)
             for count in arguments.best_of:
-                more = count * (num_streams + DRAFT - 1) + 1 - DRAFT  # drafts one after the other, one prefill
-                add(f"best of {count}", num_streams, passes + more, writer.best_of(count, num_streams))
+                best, passes_of_best = writer.best_of(count, num_streams)
+                add(f"best of {count}", num_streams, passes_of_best, best)
     columns = ["texts", "S", "passes"]
     for name in (arguments.model, *arguments.judge):
         short = Path(name).name

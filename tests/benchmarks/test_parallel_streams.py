@@ -65,8 +65,9 @@ def writer(folder):
 
 
 def test_a_revision_changes_the_beginnings_of_later_streams_alone(writer):
-    texts = writer.write(NUM_STREAMS)
-    revised = writer.revise(texts, NUM_STREAMS, 4)
+    texts, _ = writer.write(NUM_STREAMS)
+    revised, passes = writer.revise(texts, NUM_STREAMS, 4)
+    assert passes == 2 + 4 - 1  # two heads, and three tokens more
     places = [5 + 16 + n for n in range(4)] + [5 + 32 + n for n in range(4)]
     changed = (texts != revised).any(dim=0).nonzero()[:, 0].tolist()
     assert set(changed) <= set(places)
@@ -75,8 +76,8 @@ def test_a_revision_changes_the_beginnings_of_later_streams_alone(writer):
 
 
 def test_every_stream_keeps_the_draft_that_goes_on_best(writer):
-    drafts = [writer.write(NUM_STREAMS, seed) for seed in range(3)]
-    best = writer.best_of(3, NUM_STREAMS)
+    drafts = [writer.write(NUM_STREAMS, seed)[0] for seed in range(3)]
+    best, _ = writer.best_of(3, NUM_STREAMS)
     assert torch.equal(best[:, :5], writer.prompts)
     steps = torch.cat([torch.full((4,), -1), orders.strided_steps(LENGTH, NUM_STREAMS)])
     nats = [causal_lm.negative_log_likelihood(writer.model, draft, steps) for draft in drafts]
