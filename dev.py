@@ -42,7 +42,7 @@ def step(message: str, *command: str | Path, cwd: Path = ROOT, env: Mapping[str,
 
 
 def pip_install(python: Path, message: str, *args: str | Path) -> None:
-    # Most of what is installed is never imported: what is, Python compiles by itself.
+    # Most of what is installed is never imported: what is, Python compiles by itself (see `main`).
     options = ("--disable-pip-version-check", "install", "-qq", "--no-compile", "-c", CONSTRAINTS)
     step(message, python, "-m", "pip", *options, *args)
 
@@ -164,6 +164,8 @@ def build() -> None:
 def main() -> None:
     if sys.version_info < (3, 10):
         sys.exit(f"dev.py: needs Python 3.10 or newer, this is {sys.version.split()[0]}")
+    # Whatever is started would otherwise compile PyTorch and transformers anew, in ten seconds and more.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     name, *args = sys.argv[1:] or ["--help"]
     if name == "demo":
         demo(args)
