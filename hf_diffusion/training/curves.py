@@ -47,16 +47,24 @@ def plot_losses(log_history: list[dict[str, Any]], path: Path, phases: dict[str,
 
 
 class LossCurveCallback(TrainerCallback):
-    """Keeps `loss.png` in the output folder up to date, at every evaluation and at the end of training.
+    """Keeps `loss.png` in the output folder up to date, after every round of evaluations and at the end of training.
 
     And `diagnostics.png`, if the model says anything about itself.
     """
 
     def __init__(self, phases: dict[str, int] | None = None) -> None:
         self.phases = phases
+        self._behind = False
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._plot(args, state)
+        # Several texts or orders are evaluated one after the other, and each is told of here: drawing takes a second.
+        self._behind = True
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._behind:
+            self._plot(args, state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -64,6 +72,7 @@ class LossCurveCallback(TrainerCallback):
         self._plot(args, state)
 
     def _plot(self, args: TrainingArguments, state: TrainerState) -> None:
+        self._behind = False
         if not state.is_world_process_zero or not state.log_history:
             return
         try:

@@ -1,5 +1,6 @@
 """An exponential moving average of the weights, kept beside the ones that are trained."""
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -100,6 +101,13 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
     """The last of a Trainer's checkpoints in `folder` that was written to its end; None if there is none."""
     complete = {int(path.parent.name.split("-")[-1]): path.parent for path in folder.glob(f"checkpoint-*/{FILE_NAME}")}
     return complete[max(complete)] if complete else None
+
+
+def remove_incomplete_checkpoints(folder: Path) -> None:
+    """Remove what a killed run has left half-written: Trainer would count it among the newest that it keeps."""
+    for path in folder.glob("checkpoint-*"):
+        if not (path / FILE_NAME).exists():
+            shutil.rmtree(path)
 
 
 def _weights(model: Any) -> dict[str, torch.Tensor]:

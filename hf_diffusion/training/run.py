@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from .curves import LossCurveCallback
 from .data import TokenTexts, load_text, tokenize
 from .diagnostics import DiagnosticTrainer
-from .ema import EMACallback, last_complete_checkpoint
+from .ema import EMACallback, last_complete_checkpoint, remove_incomplete_checkpoints
 from .recipe import TrainingRecipe
 
 
@@ -56,6 +56,7 @@ def train(recipe: TrainingRecipe) -> dict[str, Any]:
         callbacks=[ema, *recipe.callbacks(collator), LossCurveCallback(recipe.phases())],
     )
     if trainer.is_world_process_zero():
+        remove_incomplete_checkpoints(recipe.output / "checkpoints")
         _settings_file(recipe).parent.mkdir(parents=True, exist_ok=True)
         _settings_file(recipe).write_text(json.dumps(_settings(recipe), indent=2) + "\n")
     checkpoint = _last_checkpoint(recipe) if recipe.resume else None

@@ -10,6 +10,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, 
 
 from hf_diffusion.cli import main
 from hf_diffusion.diffusion.orders import strided_steps
+from hf_diffusion.training import curves
 from hf_diffusion.training.data import TokenTexts, load_text, tokenize
 from hf_diffusion.training.families import FAMILIES
 from hf_diffusion.training.run import split_text, train
@@ -140,6 +141,13 @@ def test_weights_stored_in_half_are_used_in_full(family, text, tmp_path):
         train(settings)
 
 
+def test_a_round_of_evaluations_is_drawn_once(text, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(curves, "plot_losses", lambda history, *_: drawn.append(history[-1]["step"]))
+    train(recipe("armd", text, tmp_path, steps=6, evaluate_every=2, warmup_steps=1))
+    assert drawn == [2, 4, 6]
+
+
 def test_few_held_out_texts_are_evaluated_all_the_same(text, tmp_path):
     few = {"batch_size": 16, "validation_fraction": 0.03, "warmup_steps": 1}
     results = train(recipe("armd", text, tmp_path, steps=4, evaluate_every=4, **few))
@@ -159,14 +167,13 @@ def test_a_text_of_its_own_to_validate_on(text, tmp_path):
 
 @every_family
 def test_stopped_and_resumed_training_ends_where_uninterrupted_training_does(family, text, tmp_path):
-    def settings(name, **overrides):
-        return recipe(family, text, tmp_path / name, steps=12, evaluate_every=6, dropout=0.1, **overrides)
+    def settings(**overrides):
+        return recipe(family, text, tmp_path, steps=12, evaluate_every=6, dropout=0.1, **overrides)
 
-    through = train(settings("through"))
+    through = train(settings())
     # A run that is killed after its first checkpoint leaves what a shorter run of the same schedule leaves.
-    train(settings("stopped"))
-    shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "checkpoint-12")
-    resumed = train(settings("stopped", resume=True))
+    shutil.rmtree(tmp_path / "checkpoints" / "checkpoint-12")
+    resumed = train(settings(resume=True))
     assert resumed[LOSSES] == pytest.approx(through[LOSSES], rel=1e-6)
 
 
