@@ -129,7 +129,9 @@ def test(args: list[str], oldest: bool = False) -> None:
     python = editable_install("test")
     env = {**os.environ, "PYTHONPATH": str(oldest_transformers(python))} if oldest else None
     step("fetching transformers' own tests", python, "tests/transformers_tests.py", env=env)
-    step("running pytest", python, "-m", "pytest", "-n", "auto", "--dist", "loadfile", *args, env=env)
+    # A process is given whole files, in the order in which they are collected (tests/conftest.py).
+    parallel = ("-n", "auto", "--dist", "loadfile", "--no-loadscope-reorder")
+    step("running pytest", python, "-m", "pytest", *parallel, *args, env=env)
 
 
 def bench() -> None:

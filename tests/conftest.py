@@ -14,6 +14,12 @@ import torch
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests come first: at the end one would keep one process busy and leave the others idle."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def fresh_compiler():
     """torch.compile gives a function up that it has compiled too often, whichever file asked for it."""

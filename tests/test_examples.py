@@ -23,6 +23,7 @@ def test_every_example_is_here():
     assert {path.name for path in (ROOT / "examples").glob("*.py")} == set(EXAMPLES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example(name, tmp_path):
     if name in REQUIRED:
