@@ -42,7 +42,8 @@ def plot_losses(log_history: list[dict[str, Any]], path: Path, phases: dict[str,
         axes.annotate(name, (step, 1), xycoords=("data", "axes fraction"), xytext=below_top, textcoords="offset points")
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("loss (nats per token)")
-    axes.legend()
+    if curves:
+        axes.legend()
     figure.savefig(path, dpi=120)
 
 
