@@ -39,7 +39,7 @@ def run(code):
 
 @pytest.mark.slow
 def test_it_takes_less_than_three_tenths_of_a_second_of_processor_time_more_than_transformers():
-    assert any(float(run(SECONDS)) < 0.3 for _ in range(5))  # what else the machine does adds to it
+    assert any(float(run(SECONDS)) < 0.3 for _ in range(3))  # what else the machine does adds to it
 
 
 def test_it_needs_no_network_compiles_nothing_and_may_be_repeated():

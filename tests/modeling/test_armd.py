@@ -363,8 +363,10 @@ class TestAttentionImplementations:
     @torch.no_grad()
     def test_compiled_flex_attention_agrees_with_sdpa(self):
         ids, cases = self.inputs()
-        model = FAMILIES["armd_left_neighbour"].model(torch.float32, num_hidden_layers=1)
+        model = FAMILIES["armd_left_neighbour"].model(torch.float32, num_hidden_layers=2)  # one of each kind
+        drawn = model.generate(ids[:, :9], max_new_tokens=2, do_sample=False)
         self.check_logits(model, "flex_attention", ids, cases[-1:])
+        assert torch.equal(model.generate(ids[:, :9], max_new_tokens=2, do_sample=False), drawn)
 
 
 def test_projections_into_the_residual_stream_start_smaller():

@@ -30,7 +30,6 @@ SETTINGS = {
     "seed": 3,
 }
 OWN = {"armd": {"max-shuffled": 8}, "lomdm": {"validation-draws": 2}}
-ARMD_RUN = {"steps": 24, "evaluate_every": 6}
 # accelerate's name for "several processes on this machine"; ACCELERATE_USE_CPU makes them gloo's.
 DDP = ["--multi_gpu"]
 FSDP2 = ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
@@ -111,25 +110,31 @@ def test_layers_to_be_sharded_are_in_the_model(family):
     assert {name for name in names if name.endswith("Layer")} == model._no_split_modules
 
 
-@pytest.fixture(scope="module")
-def alone(text, tmp_path_factory):
-    """Where ARMD was trained in one process."""
-    output = tmp_path_factory.mktemp("alone")
-    train_alone("armd", text, output, **ARMD_RUN)
-    return output
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "learning_rate", "kinds"),
+    # Each process of LoMDM, which has MDLM's layers and its own, draws its own masks, so only what no step has changed
+    # can be the same.
+    [("armd", 1.5e-3, ["ddp", "fsdp2"]), ("lomdm", 1e-12, ["fsdp2"])],
+)
+def test_two_processes_get_the_loss_of_one(family, learning_rate, kinds, text, tmp_path):
+    settings = {"steps": 10, "evaluate_every": 10, "learning_rate": learning_rate}
+    alone = train_alone(family, text, tmp_path / "alone", **settings)
+    for kind in kinds:
+        assert train(kind, family, text, tmp_path / kind, **settings) == pytest.approx(alone, rel=1e-4)
+        if family == "armd":
+            while_training = losses_while_training(tmp_path / kind, 10)
+            assert "loss" in while_training
+            assert while_training == pytest.approx(losses_while_training(tmp_path / "alone", 10), rel=1e-4)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_get_the_loss_of_one_also_if_killed_in_mid_epoch_and_resumed(kind, alone, text, tmp_path):
-    losses = train(kind, "armd", text, tmp_path / "through", **ARMD_RUN)
-    assert losses == pytest.approx(final_losses(alone), rel=1e-4)
-    while_training = losses_while_training(tmp_path / "through", 24)
-    assert "loss" in while_training
-    assert while_training == pytest.approx(losses_while_training(alone, 24), rel=1e-4)
-
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_killed_in_mid_epoch_and_resumed_training_ends_where_uninterrupted_training_does(kind, text, tmp_path):
+    settings = {"steps": 24, "evaluate_every": 6, "dropout": 0.1}
+    losses = train(kind, "armd", text, tmp_path / "through", **settings)
     output = tmp_path / "killed"
-    process = start(kind, "armd", text, output, **ARMD_RUN)
+    process = start(kind, "armd", text, output, **settings)
     while not (output / "checkpoints" / "checkpoint-12").exists():  # the moment at which it begins to be written
         assert process.poll() is None, Path(f"{output}.log").read_text()[-3000:]
         time.sleep(0.01)
@@ -140,16 +145,7 @@ def test_two_processes_get_the_loss_of_one_also_if_killed_in_mid_epoch_and_resum
     assert not (output / "model.safetensors").exists()
     if kind == "fsdp2":  # every process has written its own part
         assert len(list((output / "checkpoints/checkpoint-6/pytorch_model_fsdp_0").glob("*.distcp"))) == 2
-    assert train(kind, "armd", text, output, "--resume", **ARMD_RUN) == pytest.approx(losses, rel=1e-6)
+    assert train(kind, "armd", text, output, "--resume", **settings) == pytest.approx(losses, rel=1e-6)
     weights = load_file(output / "model.safetensors")
     torch.testing.assert_close(weights, load_file(tmp_path / "through" / "model.safetensors"), rtol=0, atol=1e-6)
     assert set(weights) == set(AutoModel.from_pretrained(output).state_dict()) - {"lm_head.weight"}
-
-
-@pytest.mark.slow
-def test_two_processes_get_the_loss_of_one_for_layers_of_several_kinds(text, tmp_path):
-    # Each process of LoMDM, which has MDLM's layers and its own, draws its own masks, so only what no step has changed
-    # can be the same.
-    settings = {"steps": 10, "evaluate_every": 10, "learning_rate": 1e-12}
-    losses = train_alone("lomdm", text, tmp_path / "alone", **settings)
-    assert train("fsdp2", "lomdm", text, tmp_path / "fsdp2", **settings) == pytest.approx(losses, rel=1e-4)

@@ -167,13 +167,14 @@ def test_a_text_of_its_own_to_validate_on(text, tmp_path):
 
 @every_family
 def test_stopped_and_resumed_training_ends_where_uninterrupted_training_does(family, text, tmp_path):
-    def settings(**overrides):
-        return recipe(family, text, tmp_path, steps=12, evaluate_every=6, dropout=0.1, **overrides)
+    def settings(name, **overrides):
+        return recipe(family, text, tmp_path / name, steps=12, evaluate_every=6, dropout=0.1, **overrides)
 
-    through = train(settings())
+    through = train(settings("through"))
     # A run that is killed after its first checkpoint leaves what a shorter run of the same schedule leaves.
-    shutil.rmtree(tmp_path / "checkpoints" / "checkpoint-12")
-    resumed = train(settings(resume=True))
+    train(settings("stopped"))
+    shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "checkpoint-12")
+    resumed = train(settings("stopped", resume=True))
     assert resumed[LOSSES] == pytest.approx(through[LOSSES], rel=1e-6)
 
 
